@@ -1,0 +1,53 @@
+# `make demo` and `make test` do all of their set-up, on a machine with nothing but Python (>= 3.10) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# What `make demo` converts and reads; empty: SmolLM2-135M and the prose of Python's own documentation.
+MODEL ?=
+TEXT ?=
+
+.PHONY: help demo test lint slow format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    install, convert SmolLM2-135M, compare it with the dense model (5 to 8 minutes)"
+	@echo "             MODEL=user/name|folder|file.gguf and TEXT=file.txt take your own"
+	@echo "make test    install, then linters, type checker and tests"
+	@echo "make slow    the tests that take longer as well"
+	@echo "make lint    linters and type checker only"
+	@echo "make format  rewrite the code as the linter wants it"
+	@echo "make clean   remove the virtual environment, the demo's files and caches"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "peerify needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)." \
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) comes without venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV) (once; about a minute, longer on a slow line)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+	  -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(TEXT)')
+
+lint: $(READY)
+	@echo "ruff check"; $(BIN)/ruff check --quiet .
+	@echo "ruff format --check"; $(BIN)/ruff format --check --quiet .
+	@echo "mypy"; $(BIN)/mypy
+
+test: lint
+	@echo "pytest"; $(BIN)/python -m pytest
+
+slow: lint
+	@$(BIN)/python -m pytest -m ''
+
+format: $(READY)
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""Turn dense transformers checkpoints into PEER checkpoints.
+
+Importing this package is cheap: torch and transformers come in with the first name that needs them. Once both
+peerify and transformers are imported, in either order, transformers knows the converted models' classes, so
+they load without trust_remote_code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from peerify import _registration
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PEER": "peerify.modeling_peer",
+    "CalibrationConfig": "peerify.recipe",
+    "PeerConfig": "peerify.recipe",
+    "PeerifyError": "peerify.errors",
+    "Recipe": "peerify.recipe",
+    "convert": "peerify.conversion",
+    "evaluate": "peerify.evaluation",
+    "load_dense": "peerify.checkpoint",
+    "load_for_eval": "peerify.checkpoint",
+    "perplexity": "peerify.evaluation",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'peerify' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+_registration.install()

@@ -1,0 +1,34 @@
+"""Every error a user is meant to read. cli.py prints the message and exits with `exit_code`.
+
+A message is one sentence that names the thing at fault, the key or the file, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class PeerifyError(Exception):
+    """Something the user can put right; the message is shown as it stands, without a traceback."""
+
+    exit_code: int = 1
+
+
+class UsageError(PeerifyError):
+    """A wrong option, recipe key or combination of them."""
+
+    exit_code = 2
+
+
+class CheckpointError(PeerifyError):
+    """The input model cannot be found, read or used."""
+
+
+class ConversionError(PeerifyError):
+    """The model was read, but cannot be converted as asked."""
+
+
+class DataError(PeerifyError):
+    """The text for calibration or evaluation cannot be found, read or used."""
+
+
+class OutputError(PeerifyError):
+    """The output folder cannot be written."""
