@@ -1,0 +1,317 @@
+"""Open a model (Hub, directory, GGUF); write a folder atomically."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from peerify.errors import CheckpointError, UsageError
+from peerify.output import atomic_folder
+from peerify.source import PROCESSOR_FILES, Source, open_source
+
+try:
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+except ImportError:  # an internal module, which not every release has
+    gguf_loader = None  # type: ignore[assignment]
+
+__all__ = ["DenseModel", "atomic_folder", "load_dense", "load_for_eval", "load_skeleton"]
+
+OLDEST_TRANSFORMERS = "5.17"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+# Written by transformers into tokenizer_config.json: facts about this machine, not about the tokenizer.
+LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A loaded model in eval mode, with what its folder held besides the weights."""
+
+    model: PreTrainedModel
+    source: str  # Hub id, or the last part of the path: fit for publishing
+    revision: str | None  # the commit on the Hub
+    files: Path | None  # the folder (or, for a Hub id, its snapshot in the cache)
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises CheckpointError when there is none."""
+        options: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {}
+        try:
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.files, trust_remote_code=self.trust_remote_code, **options
+                )
+        except Exception as error:
+            raise CheckpointError(f"{self.source} has no readable tokenizer: {_line(error)}.") from error
+        tokenizer.name_or_path = self.source
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self.gguf and positions:  # GGUF tokenizers come without a length, which shows as 1e30
+            tokenizer.model_max_length = positions
+        return tokenizer
+
+    def save_processor(self, folder: str | Path) -> None:
+        """Copy tokenizer, processor, generation and licence files into `folder`, byte for byte.
+
+        A GGUF file holds its tokenizer inside, so there it is written out anew.
+        """
+        folder = Path(folder)
+        if self.gguf:
+            self.tokenizer.save_pretrained(folder)
+            _drop_keys(folder / "tokenizer_config.json", LOCAL_KEYS)
+        elif self.files:
+            patterns = [*PROCESSOR_FILES, *(["*.py"] if self.trust_remote_code else [])]
+            for path in sorted({path for pattern in patterns for path in self.files.glob(pattern)}):
+                target = folder / path.relative_to(self.files)
+                if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
+
+
+def load_dense(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> DenseModel:
+    """Load the dense model to be converted: a Hub id, a directory or a .gguf file.
+
+    `dtype` is float32, bfloat16, float16 or auto (as stored). Code from the model's repository runs only
+    with `trust_remote_code`. Raises CheckpointError (see `open_source`) also for a model that is already
+    converted or has NaN or infinite weights, and UsageError for an unknown dtype or device.
+    """
+    return _load(source, revision, dtype, device, trust_remote_code, converted_too=False)
+
+
+def load_for_eval(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> DenseModel:
+    """Load a dense or a converted model; a converted one runs on peerify's own code, so needs no trust.
+
+    Raises what `load_dense` raises, but takes converted models.
+    """
+    return _load(source, revision, dtype, device, trust_remote_code, converted_too=True)
+
+
+def load_skeleton(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a dense model on the meta device from its config alone; no weight is read or downloaded.
+
+    Raises CheckpointError, as `load_dense` does, for what the config shows.
+    """
+    _require_transformers()
+    found = open_source(source, revision=revision, weights=False, code=trust_remote_code)
+    _refuse_converted(found)
+    config = _load_config(found, trust_remote_code)
+    cls = _model_class(found, config)
+    try:
+        with _quiet(), torch.device("meta"):
+            if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+                model = cls(config)
+            else:
+                model = cls.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise CheckpointError(f"{found.name} cannot be built from its config: {_line(error)}.") from error
+    return model.eval()
+
+
+def _load(
+    source: str | Path,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    *,
+    converted_too: bool,
+) -> DenseModel:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    target = _device(device)
+    _require_transformers()
+    found = open_source(source, revision=revision, code=trust_remote_code)
+    if not converted_too:
+        _refuse_converted(found)
+    config = _load_config(found, trust_remote_code)
+    options: dict[str, Any] = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if found.gguf:
+        options["gguf_file"] = found.gguf
+        if hasattr(transformers, "GgufConfig"):  # older releases always dequantize
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    cls = _model_class(found, config)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        options.pop("trust_remote_code", None)
+    try:
+        with _quiet():
+            model, info = cls.from_pretrained(found.folder, output_loading_info=True, **options)
+    except Exception as error:
+        raise CheckpointError(f"{found.name} cannot be loaded: {_line(error)}.") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{found.name} has no weights for {missing[0]}{more}, which {type(model).__name__} needs; "
+            "check `architectures` in its config.json."
+        )
+    _refuse_nonfinite(model, found.name)
+    _forget_path(model, found)
+    return DenseModel(
+        model.to(target).eval(), found.name, found.revision, found.folder, found.gguf, trust_remote_code
+    )
+
+
+def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
+    """The config object. Refuses what transformers does not know and may not run."""
+    if found.converted:
+        from peerify.modeling_peer import register
+
+        register()
+    elif not found.gguf:
+        model_type = found.config["model_type"]
+        known = model_type in transformers.CONFIG_MAPPING
+        if not known and not found.config.get("auto_map"):
+            raise CheckpointError(
+                f"{found.name}: transformers {transformers.__version__} does not know the architecture "
+                f"{model_type!r}; a newer transformers might."
+            )
+        if not known and not trust_remote_code:
+            raise CheckpointError(
+                f"{found.name} runs code from its own repository (auto_map in config.json); read that code, "
+                "then pass --trust-remote-code."
+            )
+    try:
+        with _quiet():
+            if found.gguf:
+                return AutoConfig.from_pretrained(found.folder, gguf_file=found.gguf)
+            trust = trust_remote_code and not found.converted
+            return AutoConfig.from_pretrained(found.folder, trust_remote_code=trust)
+    except Exception as error:
+        what = "metadata" if found.gguf else "config.json"
+        raise CheckpointError(f"{found.name}: its {what} cannot be used: {_line(error)}.") from error
+
+
+def _model_class(found: Source, config: PretrainedConfig) -> Any:
+    """The class that the checkpoint names, so that BERT for masked words stays that; else an Auto class."""
+    name = next(iter(found.config.get("architectures") or config.architectures or []), "")
+    if found.converted:
+        import peerify.modeling_peer as modeling
+
+        cls = getattr(modeling, name, None)
+        if cls is None:
+            raise CheckpointError(f"{found.name}: this peerify does not know the class {name or 'None'}.")
+        return cls
+    auto_map = found.config.get("auto_map") or {}
+    if type(config).__module__.startswith("transformers_modules"):
+        named = [auto for auto, ref in auto_map.items() if str(ref).endswith("." + name)]
+        return getattr(transformers, next(iter(named), "AutoModelForCausalLM"), transformers.AutoModel)
+    cls = getattr(transformers, name, None) if name else None
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return cls
+    for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        if type(config) in getattr(transformers, auto)._model_mapping:
+            return getattr(transformers, auto)
+    return transformers.AutoModel
+
+
+def _device(device: str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
+        raise UsageError(f"device {device!r} cannot be used: {_line(error)}.") from error
+    return target
+
+
+def _refuse_converted(found: Source) -> None:
+    if found.converted:
+        raise CheckpointError(f"{found.name} is already a PEER model; give the dense model it came from.")
+
+
+def _refuse_nonfinite(model: PreTrainedModel, name: str) -> None:
+    for path, parameter in model.named_parameters():
+        if parameter.numel() and parameter.is_floating_point():
+            low, high = torch.aminmax(parameter.detach())  # allocates nothing; NaN shows in both
+            if not (low.isfinite() and high.isfinite()):
+                kind = "NaN" if low.isnan() else "infinite"
+                raise CheckpointError(
+                    f"{name}: the parameter {path} has {kind} values in {str(parameter.dtype)[6:]}; "
+                    "the checkpoint is damaged, or needs --dtype float32."
+                )
+
+
+def _forget_path(model: PreTrainedModel, found: Source) -> None:
+    """Keep local paths and GGUF leftovers out of whatever is saved from this model."""
+    model.config._name_or_path = model.name_or_path = found.name
+    if found.gguf:
+        for leftover in ("_model_name_or_path", "quantization_config"):
+            model.config.__dict__.pop(leftover, None)
+        model.config.architectures = [type(model).__name__]
+
+
+def _drop_keys(path: Path, keys: tuple[str, ...]) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in values.items() if key not in keys}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _require_transformers() -> None:
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise CheckpointError(
+            f"peerify needs transformers {OLDEST_TRANSFORMERS} or newer, not {transformers.__version__}; "
+            "run `pip install -U transformers`."
+        )
+
+
+def _line(error: Exception) -> str:
+    """First line of what a library says, for the end of a sentence of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars and warnings, for peerify shows its own; restored on leaving."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    gguf_tqdm = getattr(gguf_loader, "tqdm", None)  # a bar that no setting reaches
+    if gguf_tqdm:
+        gguf_loader.tqdm = partial(gguf_tqdm, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if gguf_tqdm:
+            gguf_loader.tqdm = gguf_tqdm
+        if bars:
+            transformers_logging.enable_progress_bar()
