@@ -1,0 +1,371 @@
+"""Record what a model computes: one small forward pass as a graph of values, projections and module calls.
+
+The same recording works with real weights and on the meta device, where tensors have shapes but no
+numbers; there, what does not depend on weights (positions, masks) is computed on the side, because models
+branch on it. Nothing here knows of feed-forward layers; formula.py and feedforward.py read the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peerify.errors import ConversionError
+
+# What a subclass of a projection may run inside and still be a plain x @ W + b.
+_MATMUL_OPS = {
+    "addmm", "mm", "bmm", "baddbmm", "linear", "matmul", "add", "add_", "t", "transpose", "permute",
+    "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "clone", "detach", "alias",
+}  # fmt: skip
+
+_MOST_NUMBERS = 2**20  # masks and positions of a trial forward are far below
+
+
+class _NeedsWeights(Exception):  # noqa: N818 - not an error of the model
+    """The model branches on numbers that only its weights can tell."""
+
+
+@dataclass(eq=False, slots=True)
+class Memory:
+    """The storage that a tensor and its views share."""
+
+    writes: int = 0
+    """How often it has been written in place."""
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor of the recorded forward at one moment: an in-place write makes a new Value of the same tensor.
+
+    `kind` says where it comes from: "op" (an ATen operation on `args`), "projection" (the output of the
+    linear module at `path`, whose input is `args[0]`), "parameter" (a parameter or buffer of the model),
+    "constant" (one number, in `constant`), or "other" (an input of the model, or anything unknown).
+    """
+
+    kind: str
+    shape: torch.Size
+    dtype: torch.dtype
+    op: torch._ops.OpOverload | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: int = 0
+    """Which of the operation's results this is."""
+    path: str = ""
+    constant: float | None = None
+    consumers: list[Value] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    writes: int = 0
+    """How often the memory had been written when this value was made."""
+
+    @property
+    def name(self) -> str:
+        """Name of the operation without namespace and overload: "mul", "gelu", "view"; "" for the rest."""
+        return "" if self.op is None else self.op._schema.name.split("::")[-1]
+
+    def parents(self) -> Iterator[Value]:
+        """The Values among the operation's arguments, nested lists included."""
+        return (a for a in tree_flatten((self.args, self.kwargs))[0] if isinstance(a, Value))
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call of one module. `x` is its input if that is exactly one positional tensor and nothing else."""
+
+    path: str
+    start: int
+    end: int
+    x: Value | None
+    output: Value | None
+    """What it returned, if that is one tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A recorded forward."""
+
+    calls: dict[str, list[Call]]
+    """Every call of every module, by the path of the module."""
+    projections: list[Call]
+    """The calls of linear modules (nn.Linear, Conv1D), in the order in which they ended."""
+    parameters: dict[int, Value]
+    """By id of the parameter; its consumers are uses outside of projections."""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.clock = 0
+        self.calls: dict[str, list[Call]] = {}
+        self.projections: list[Call] = []
+        # Weak keys: a value must be found again while its tensor lives, but holding the tensors themselves
+        # would keep everything the forward computes (gathered experts, for instance) in memory.
+        self.values: Any = WeakTensorKeyDictionary()
+        self.numbers: Any = WeakTensorKeyDictionary()  # of the meta tensors that do not depend on weights
+        self.parameters: dict[int, Value] = {}
+        self._open: list[tuple[Call, set[str] | None]] = []
+        self._projection: set[str] | None = None  # names of the operations inside the running projection
+        for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            value = Value("parameter", tensor.shape, tensor.dtype, path=path)
+            self.values[tensor] = self.parameters[id(tensor)] = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._projection is not None:
+            self._projection.add(func._schema.name.split("::")[-1])
+            return func(*args, **kwargs)
+        seen_args, seen_kwargs = tree_map(self._seen, tuple(args)), tree_map(self._seen, kwargs)
+        result = self._run(func, args, kwargs)
+        self.clock += 1
+        inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        written = []
+        if func._schema.is_mutable:
+            for i, spec in enumerate(func._schema.arguments):
+                target = args[i] if i < len(args) else kwargs.get(spec.name)
+                if spec.alias_info is not None and spec.alias_info.is_write and isinstance(target, Tensor):
+                    written.append(target)
+        for i, out in enumerate(tree_flatten(result)[0]):
+            if isinstance(out, Tensor) and not any(out is w for w in written):
+                value = Value("op", out.shape, out.dtype, func, seen_args, seen_kwargs, output=i)
+                self._remember(out, value, inputs)
+        for target in written:
+            memory = self._seen(target).memory
+            memory.writes += 1
+            value = Value("op", target.shape, target.dtype, func, seen_args, seen_kwargs)
+            value.memory, value.writes = memory, memory.writes
+            self.values[target] = value
+            self._consume(value)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation; on the meta device, with its numbers beside it where they are known."""
+        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        if not any(t.is_meta for t in tensors) and torch.device(kwargs.get("device") or "cpu").type != "meta":
+            return func(*args, **kwargs)
+        needs_numbers = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        known = all(not t.is_meta or t in self.numbers for t in tensors)
+        result = None
+        if not (known and needs_numbers):
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as error:  # NotImplementedError is one
+                if needs_numbers:
+                    raise _NeedsWeights from error
+                raise
+        size = sum(r.numel() for r in tree_flatten(result)[0] if isinstance(r, Tensor))
+        if not known or size > _MOST_NUMBERS:
+            if func._schema.is_mutable and tensors:
+                self.numbers.pop(tensors[0], None)
+            return result
+
+        def real(thing: Any) -> Any:
+            if isinstance(thing, Tensor):
+                return self.numbers[thing] if thing.is_meta else thing
+            return torch.device("cpu") if isinstance(thing, torch.device) else thing
+
+        numbers = func(*tree_map(real, args), **tree_map(real, kwargs))
+        if result is None:
+            result = tree_map(lambda n: n.to("meta") if isinstance(n, Tensor) else n, numbers)
+        for out, number in zip(tree_flatten(result)[0], tree_flatten(numbers)[0], strict=True):
+            if isinstance(out, Tensor) and out.is_meta:
+                self.numbers[out] = number
+        return result
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """An input of the model on the model's device; its numbers stay known if that is the meta device."""
+        moved = tensor.to(device)
+        if moved.is_meta and not tensor.is_meta:
+            self.numbers[moved] = tensor
+        return moved
+
+    def _remember(self, tensor: Tensor, value: Value, inputs: list[Tensor]) -> None:
+        for source in inputs:
+            if _same_memory(tensor, source):
+                value.memory = self._seen(source).memory
+                value.writes = value.memory.writes
+                break
+        self.values[tensor] = value
+        self._consume(value)
+
+    @staticmethod
+    def _consume(value: Value) -> None:
+        for parent in value.parents():
+            parent.consumers.append(value)
+
+    def _seen(self, thing: Any) -> Any:
+        """The Value of a tensor as it is now; anything else unchanged."""
+        if not isinstance(thing, Tensor):
+            return thing
+        value: Value | None = self.values.get(thing)
+        if value is not None:
+            if value.memory.writes == value.writes:
+                return value
+            # Somebody wrote through another view of the same memory: what it holds now is unknown.
+            memory = value.memory
+            value = Value("other", thing.shape, thing.dtype, memory=memory, writes=memory.writes)
+        elif thing.numel() == 1 and not thing.is_meta and not thing.is_complex():
+            value = Value("constant", thing.shape, thing.dtype, constant=float(thing))
+        else:
+            value = Value("other", thing.shape, thing.dtype)
+        self.values[thing] = value
+        return value
+
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        call = Call(path, self.clock, self.clock, self._seen(args[0]) if single else None, None)
+        self._open.append((call, self._projection))
+        if self._projection is None and single and isinstance(module, (nn.Linear, Conv1D)):
+            self._projection = set()
+
+    def leave(self, path: str, module: nn.Module, output: Any) -> None:
+        call, outside = self._open.pop()
+        inside, self._projection = self._projection, outside
+        self.clock += 1
+        call.end = self.clock
+        if outside is None and inside is not None and isinstance(output, Tensor):
+            kind = "projection" if inside <= _MATMUL_OPS else "other"
+            value = Value(kind, output.shape, output.dtype, args=(call.x,), path=path)
+            self._remember(output, value, [])
+            if kind == "projection":
+                self.projections.append(call)
+        if outside is None:
+            call.output = self._seen(output) if isinstance(output, Tensor) else None
+        self.calls.setdefault(path, []).append(call)
+
+
+def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
+    """Run `model` once in eval mode without gradients and return what it computed.
+
+    `inputs` are keyword arguments of the model; without them `example_inputs(model)` is used. The model is
+    left as it was. Raises ConversionError if the forward pass fails.
+    """
+    recorder = _Recorder(model)
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, path=path: recorder.enter(path, m, args, kwargs), with_kwargs=True
+            )
+        )
+        handles.append(
+            module.register_forward_hook(lambda m, args, output, path=path: recorder.leave(path, m, output))
+        )
+    try:
+        with _eval_mode(model), _traceable_experts(model), torch.no_grad():
+            given = example_inputs(model) if inputs is None else inputs
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            given = tree_map(lambda v: recorder.to_device(v, device) if isinstance(v, Tensor) else v, given)
+            with recorder:
+                model(**given)
+    except ConversionError:
+        raise
+    except _NeedsWeights as error:
+        raise ConversionError(
+            f"{type(model).__name__} decides by the values of its activations what to run, so its layers "
+            "cannot be found without its weights: load them"
+        ) from error
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConversionError(
+            f"the trial forward pass of {type(model).__name__} failed ({first_line}): pass example inputs"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(calls=recorder.calls, projections=recorder.projections, parameters=recorder.parameters)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _traceable_experts(model: nn.Module) -> Iterator[None]:
+    """On the meta device, run routed experts by the implementation whose shapes do not depend on routing."""
+    if not isinstance(model, PreTrainedModel) or model.device.type != "meta":
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Small inputs for any transformers model, made from its config: a few tokens, one picture, …
+
+    Raises ConversionError if the config does not say what the model takes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(f"{type(model).__name__} is not a transformers model: pass example inputs")
+    config = model.config
+    accepted = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    if main == "input_ids":
+        inputs: dict[str, Any] = {"input_ids": _token_ids(config)}
+        if "attention_mask" in accepted:  # without one, models look for padding among the tokens
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        # torch.linspace rather than random numbers: nobody's random state is touched.
+        shape = _feature_shape(main, config)
+        length = int(torch.Size(shape).numel())
+        inputs = {main: torch.linspace(-1, 1, length, dtype=model.dtype).reshape(shape)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _token_ids(config)
+        if main == "input_ids" and isinstance(config.eos_token_id, int):
+            inputs["input_ids"][:, -1] = config.eos_token_id  # where classifiers of this kind look
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _token_ids(config: Any) -> Tensor:
+    text = config.get_text_config()
+    special: set[int] = set()  # padding, image placeholders and the like make models do other things
+    for key, value in [*config.to_dict().items(), *text.to_dict().items()]:
+        if key.endswith(("_token_id", "_token_index")):
+            special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    plain = [i for i in range(min(text.vocab_size, len(special) + 10)) if i not in special] or [0]
+    return torch.tensor([[plain[i % len(plain)] for i in range(8)]])  # one row: no padding token is needed
+
+
+def _feature_shape(main: str, config: Any) -> tuple[int, ...]:
+    vision = getattr(config, "vision_config", None) or config
+    audio = getattr(config, "audio_config", None) or config
+    if main == "pixel_values":
+        size = getattr(vision, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return 1, getattr(vision, "num_channels", 3), height, width
+    if main == "input_features" and hasattr(audio, "num_mel_bins"):
+        return 1, audio.num_mel_bins, 2 * getattr(audio, "max_source_positions", 64)
+    if main == "input_values" and hasattr(audio, "num_mel_bins"):
+        return 1, getattr(audio, "max_length", 64), audio.num_mel_bins
+    if main == "input_values":
+        return 1, 4000
+    raise ConversionError(f"cannot make example {main} from the config: pass example inputs")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+        return False
