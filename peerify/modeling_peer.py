@@ -1,0 +1,651 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""PEER layers and the transformers classes that hold them.
+
+This file needs torch and transformers only. It is part of the peerify package *and* is copied verbatim beside the
+weights of every converted model, so that ``from_pretrained(..., trust_remote_code=True)`` works without peerify.
+
+PEER (Parameter Efficient Expert Retrieval) is the layer of "Mixture of A Million Experts", arXiv 2407.04153:
+
+    y = sum over i in R(x) of g_i(x) e_i(x)  [+ shared neurons + bias],
+    e_i(x) = act(u_i . x + b_i) v_i                      for plain experts (paper, section 2.2)
+    e_i(x) = act(gate_i . x + c_i) (u_i . x + b_i) v_i   for GLU experts,
+
+where R(x) is found by product keys: expert i sits in cell (a, b) of a grid and its score is row(a) + column(b), so the
+best of N experts are found among 2 sqrt(N) sub-keys (paper, section 2.1).
+
+Shape suffixes: t tokens, d d_model, n experts, h heads, a grid rows, b grid columns, m rows + columns,
+c candidates (all heads together), k experts evaluated in full.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.models.auto import configuration_auto
+
+FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
+
+
+class ProductKeys(nn.Module):
+    """Product-key retrieval: the best-scoring cells of one grid per head.
+
+    Heads that share the pool (the paper) all search the same `grid`; otherwise head h owns the experts
+    h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end; they are never retrieved.
+    The query is x itself (`query_dim=None`: sub-keys live in the model's space), or a projection of x for each head
+    whose halves meet row and column keys (the paper).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_keys: int,
+        grid: tuple[int, int],
+        num_heads: int,
+        *,
+        share_pool: bool,
+        share_keys: bool,
+        query_dim: int | None,
+        query_norm: bool,
+        key_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
+        self.share_pool = share_pool
+        rows, columns = self.grid
+        spare = (1 if share_pool else num_heads) * rows * columns - num_keys
+        if not 0 <= spare < rows * columns:
+            raise ValueError(
+                f"grid {rows}x{columns} with {num_heads} heads (share_pool={share_pool}) does not fit "
+                f"{num_keys} experts: it leaves {spare} spare cells, and 0 to {rows * columns - 1} are allowed"
+            )
+        # Cells fill row by row, so only the last grid has rows that are empty or partly filled.
+        self.full_rows, self.tail = divmod(rows * columns - spare, columns)
+        if share_keys and num_heads > 1 and query_dim is None:
+            raise ValueError("share_keys needs a query of its own for each head: give query_dim")
+        self.query_proj: nn.Linear | None = None
+        self.query_norm: nn.BatchNorm1d | None = None
+        key_dim = d_model
+        if query_dim is not None:
+            if query_dim % 2:
+                raise ValueError(f"query_dim {query_dim} must be even: its halves meet row and column keys")
+            self.query_proj = nn.Linear(d_model, num_heads * query_dim, bias=False)
+            key_dim = query_dim // 2
+            self.query_norm = nn.BatchNorm1d(num_heads * query_dim) if query_norm else None
+        elif query_norm:
+            raise ValueError("query_norm normalises a projected query: give query_dim as well")
+        key_heads = 1 if share_keys else num_heads
+        self.sub_keys = nn.Parameter(torch.empty(key_heads, rows + columns, key_dim))
+        self.sub_key_bias = nn.Parameter(torch.empty(key_heads, rows + columns)) if key_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation; respects weights that transformers has already loaded."""
+        init.normal_(self.sub_keys, std=self.sub_keys.shape[-1] ** -0.5)
+        if self.sub_key_bias is not None:
+            init.zeros_(self.sub_key_bias)
+        if self.query_proj is not None:
+            init.normal_(self.query_proj.weight, std=self.query_proj.weight.shape[1] ** -0.5)
+        if self.query_norm is not None:
+            init.ones_(self.query_norm.weight)
+            init.zeros_(self.query_norm.bias)
+            init.zeros_(self.query_norm.running_mean)
+            init.ones_(self.query_norm.running_var)
+            init.zeros_(self.query_norm.num_batches_tracked)
+
+    def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
+        tokens, heads, rows = x_td.shape[0], self.num_heads, self.grid[0]
+        query = x_td if self.query_proj is None else self.query_proj(x_td)
+        if self.query_norm is not None:
+            # Batch statistics of a single token do not exist: use the running ones, as in evaluation.
+            if self.training and tokens == 1:
+                norm = self.query_norm
+                query = F.batch_norm(query, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            else:
+                query = self.query_norm(query)
+        if self.query_proj is None:
+            score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, -1, sum(self.grid))
+        else:
+            half_th2r = query.view(tokens, heads, 2, -1)
+            row_key, column_key = self.sub_keys.split(self.grid, dim=1)
+            row_tha = torch.einsum("thr,har->tha", half_th2r[:, :, 0], row_key.expand(heads, -1, -1))
+            column_thb = torch.einsum("thr,hbr->thb", half_th2r[:, :, 1], column_key.expand(heads, -1, -1))
+            score_thm = torch.cat([row_tha, column_thb], dim=-1)
+        if self.sub_key_bias is not None:
+            score_thm = score_thm + self.sub_key_bias
+        # Sums of two half-precision scores tie far too often for a sharp top-k.
+        score_thm = score_thm if score_thm.dtype == torch.float64 else score_thm.float()
+        return score_thm[..., :rows], score_thm[..., rows:]
+
+    def forward(self, x_td: torch.Tensor, topk: int, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best experts of each token.
+
+        Args:
+            x_td: tokens (t, d_model).
+            topk: experts for each head, or for all heads together where `joint`.
+            joint: one budget shared by all heads (the heads then search grids of their own).
+
+        Returns:
+            (index, score), each (t, h, topk), or (t, 1, topk) where `joint`. Where a head has fewer experts than
+            `topk`, the rest has score -inf.
+        """
+        index_thc, score_thc = self._candidates(*self.sub_scores(x_td), topk)
+        if joint:
+            index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]
+        if score_thc.shape[-1] > topk:
+            score_thc, best = score_thc.topk(topk, dim=-1, sorted=False)
+            index_thc = index_thc.gather(-1, best)
+        return index_thc, score_thc
+
+    def _candidates(
+        self, row_tha: torch.Tensor, column_thb: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells among which the `topk` best of each head surely are, with their scores."""
+        rows, columns = self.grid
+        device, tail_thb = row_tha.device, None
+        grids = torch.arange(self.num_heads, device=device)[:, None] * (0 if self.share_pool else rows * columns)
+        if self.full_rows < rows:  # spare cells: drop the incomplete rows of the last grid, look at its tail apart
+            is_last = torch.ones(self.num_heads, dtype=torch.bool, device=device)
+            is_last[:-1] = self.share_pool
+            incomplete_ha = is_last[:, None] & (torch.arange(rows, device=device) >= self.full_rows)
+            if self.tail:
+                filled_hb = is_last[:, None] & (torch.arange(columns, device=device) < self.tail)
+                tail_thb = row_tha[..., self.full_rows, None] + column_thb
+                tail_thb = tail_thb.masked_fill(~filled_hb, -math.inf)
+            row_tha = row_tha.masked_fill(incomplete_ha, -math.inf)
+
+        if topk * topk < rows * columns:
+            # With rows and columns sorted, (i+1)(j+1) cells are at least as good as cell (i, j): only those pairs
+            # with (i+1)(j+1) <= topk can be among the best, about k ln k instead of k^2.
+            row_tha, row_index = row_tha.topk(min(topk, rows), dim=-1)
+            column_thb, column_index = column_thb.topk(min(topk, columns), dim=-1)
+            pairs = [
+                (i, j)
+                for i in range(row_tha.shape[-1])
+                for j in range(min(topk // (i + 1), column_thb.shape[-1]))
+            ]
+            i, j = torch.tensor(pairs, device=device).unbind(1)
+            score_thc = row_tha[..., i] + column_thb[..., j]
+            index_thc = row_index[..., i] * columns + column_index[..., j] + grids
+        else:
+            score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
+            index_thc = (torch.arange(rows * columns, device=device) + grids).expand_as(score_thc)
+        if tail_thb is not None:
+            tail_index = grids + self.full_rows * columns + torch.arange(columns, device=device)
+            score_thc = torch.cat([score_thc, tail_thb], dim=-1)
+            index_thc = torch.cat([index_thc, tail_index.expand_as(tail_thb)], dim=-1)
+        return index_thc, score_thc
+
+
+class ExpertPool(nn.Module):
+    """The tables of single-neuron experts, and their evaluation for given indices.
+
+    A module of its own, so that offload and sharding hooks see every access, and two layers that share the module
+    share the experts. Row i of `u`, `gate` and `v` is expert i's input, gate and output vector. The first
+    `num_shared` experts take part for every token.
+
+    With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
+    contribution |a_i| ||v_i|| is largest are evaluated in full.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        activation: str,
+        gated: bool,
+        expert_bias: bool,
+        gate_bias: bool,
+        num_shared: int,
+        rerank: str | None,
+    ) -> None:
+        super().__init__()
+        if rerank not in (None, "up", "gate") or (rerank == "gate" and not gated):
+            raise ValueError(f"rerank must be None, 'up' or (for gated experts) 'gate', not {rerank!r}")
+        self.num_shared, self.rerank = num_shared, rerank
+        self.act = nn.Identity() if activation == "linear" else ACT2FN[activation]
+        self.u = nn.Parameter(torch.empty(num_experts, d_model))
+        self.v = nn.Parameter(torch.empty(num_experts, d_model))
+        self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
+        self.u_bias = nn.Parameter(torch.empty(num_experts)) if expert_bias else None
+        self.gate_bias = nn.Parameter(torch.empty(num_experts)) if gated and gate_bias else None
+        # What one unit of the probing projection is worth: E|other factor| ||v_i||.
+        self.register_buffer("rerank_scale", torch.empty(num_experts) if rerank else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation; leaves weights alone that transformers has already loaded."""
+        for table in (self.u, self.v, self.gate):
+            if table is not None:
+                init.normal_(table, std=table.shape[1] ** -0.5)
+        for bias in (self.u_bias, self.gate_bias):
+            if bias is not None:
+                init.zeros_(bias)
+        if self.rerank_scale is not None:
+            init.ones_(self.rerank_scale)
+
+    def forward(
+        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
+        """Weighted sum of experts, (t, d).
+
+        Args:
+            x_td: tokens.
+            index_tc: candidates of each token; None: all experts, each with weight 1.
+            weight_tc: gate values of the candidates; 0 leaves a candidate out.
+            keep: how many candidates are evaluated in full (all of them, unless `rerank`).
+        """
+        # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
+        if index_tc is not None and weight_tc is not None and 3 * index_tc.numel() < self.u.shape[0]:
+            return self._gathered(x_td, index_tc, weight_tc, keep)
+        return self.activations(x_td, index_tc, weight_tc, keep) @ self.v
+
+    def weights(
+        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
+        """Gate values (t, n) of the experts that `forward` evaluates in full, 0 for all others."""
+        probe_tn = None
+        if self.rerank is not None:
+            gated = self.rerank == "gate"
+            table, bias = (self.gate, self.gate_bias) if gated else (self.u, self.u_bias)
+            probe_tn = F.linear(x_td, table, bias)
+        return self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
+
+    def activations(
+        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
+        """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not retrieved.
+
+        All experts by dense products: for many tokens and few experts.
+        """
+        u_tn = F.linear(x_td, self.u, self.u_bias)
+        gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
+        a_tn = self._activate(u_tn, gate_tn)
+        if index_tc is not None or keep < self.u.shape[0] - self.num_shared:
+            probe_tn = gate_tn if self.rerank == "gate" else u_tn
+            a_tn = a_tn * self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
+        return a_tn
+
+    def _gathered(
+        self, x_td: torch.Tensor, index_tc: torch.Tensor, weight_tc: torch.Tensor, keep: int
+    ) -> torch.Tensor:
+        """Only the candidates' rows are read: for few tokens or many experts."""
+
+        def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
+            y = torch.einsum("td,tcd->tc", x_td, table[index])
+            return y if bias is None else y + bias[index]
+
+        if self.rerank is not None and keep < index_tc.shape[1]:
+            gated = self.rerank == "gate"
+            table, bias = (self.gate, self.gate_bias) if gated else (self.u, self.u_bias)
+            size_tc = self._size(project(table, bias, index_tc)) * self.rerank_scale[index_tc]
+            best_tk = (size_tc * weight_tc.detach().abs()).topk(keep, dim=1, sorted=False).indices
+            index_tc, weight_tc = index_tc.gather(1, best_tk), weight_tc.gather(1, best_tk)
+        if self.num_shared:
+            shared = torch.arange(self.num_shared, device=x_td.device).expand(x_td.shape[0], -1)
+            index_tc = torch.cat([shared, index_tc], dim=1)
+            weight_tc = torch.cat([torch.ones_like(shared, dtype=weight_tc.dtype), weight_tc], dim=1)
+        u_tk = project(self.u, self.u_bias, index_tc)
+        gate_tk = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
+        a_tk = self._activate(u_tk, gate_tk) * weight_tc.to(x_td.dtype)
+        return torch.einsum("tk,tkd->td", a_tk, self.v[index_tc])
+
+    def _activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return self.act(u) if gate is None else self.act(gate) * u
+
+    def _size(self, projected: torch.Tensor) -> torch.Tensor:
+        """Size of the factor of a_i that the probing projection determines; no gradient: it only selects."""
+        projected = projected.detach()
+        return (projected if self.rerank == "up" and self.gate is not None else self.act(projected)).abs()
+
+    def _spread(
+        self,
+        x_td: torch.Tensor,
+        index_tc: torch.Tensor | None,
+        weight_tc: torch.Tensor | None,
+        probe_tn: torch.Tensor | None,
+        keep: int,
+    ) -> torch.Tensor:
+        """Candidate weights scattered over all experts, cut to the `keep` largest where `rerank`."""
+        tokens, experts, shared = x_td.shape[0], self.u.shape[0], self.num_shared
+        if index_tc is None or weight_tc is None:
+            weight_tn = x_td.new_ones(tokens, experts)
+        else:
+            weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, index_tc, weight_tc.to(x_td.dtype))
+        if self.rerank is not None and probe_tn is not None and keep < experts - shared:
+            size_tn = self._size(probe_tn) * self.rerank_scale * weight_tn.detach().abs()
+            kept_tk = size_tn[:, shared:].topk(keep, dim=1, sorted=False).indices + shared
+            weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, kept_tk, 1.0)
+        if shared:
+            weight_tn = torch.cat([weight_tn.new_ones(tokens, shared), weight_tn[:, shared:]], dim=1)
+        return weight_tn
+
+
+class PEER(nn.Module):
+    """A PEER layer in place of a feed-forward layer: retrieve experts by product keys, sum what they say.
+
+    Args:
+        d_model: width of input and output.
+        num_experts: experts in the pool, the `num_shared` always-on ones included.
+        grid: rows x columns of the product-key grid (of each head's own grid unless `share_pool`).
+        num_heads: retrieval heads h.
+        topk: experts evaluated in full per head, k; with `joint_topk` the heads share a budget of h*k.
+        candidates: experts retrieved per head, of which `rerank` keeps `topk`; None: as many as `topk`.
+        gated, activation, expert_bias, gate_bias, output_bias: the form of the experts (see the module docstring).
+        num_shared: experts that take part for every token, without retrieval.
+        share_pool: all heads retrieve from one pool (the paper); otherwise each owns a part of it.
+        share_keys: all heads use the same sub-keys (the paper, Eq. 7).
+        joint_topk: the heads share one budget instead of spending `topk` each.
+        gates: "softmax" over what a head retrieved (paper, Algorithm 1), "sigmoid" of the score (Eq. 2), or "unit":
+            exactly 1, an expert that several heads retrieve counting once. Unit gates with everything retrieved are
+            the dense layer.
+        query_dim, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
+        key_bias: a bias for each sub-key.
+        rerank: None, "gate" or "up": see `ExpertPool`.
+        d_ff: neurons of the dense layer this one replaces; for reporting only. Default: `num_experts`.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        grid: tuple[int, int],
+        num_heads: int,
+        topk: int,
+        *,
+        candidates: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+        expert_bias: bool = False,
+        gate_bias: bool = False,
+        output_bias: bool = False,
+        num_shared: int = 0,
+        share_pool: bool = True,
+        share_keys: bool = True,
+        joint_topk: bool = False,
+        gates: str = "softmax",
+        query_dim: int | None = None,
+        query_norm: bool = False,
+        key_bias: bool = False,
+        rerank: str | None = None,
+        d_ff: int | None = None,
+    ) -> None:
+        super().__init__()
+        candidates = topk if candidates is None else candidates
+        if gates not in ("unit", "softmax", "sigmoid"):
+            raise ValueError(f"gates must be 'unit', 'softmax' or 'sigmoid', not {gates!r}")
+        if not 1 <= topk <= candidates:
+            raise ValueError(f"need 1 <= topk <= candidates, not topk={topk}, candidates={candidates}")
+        if candidates > topk and (rerank is None or gates == "softmax"):
+            raise ValueError("candidates above topk need rerank, and gates that are not normalised over them (softmax)")
+        if joint_topk and share_pool:
+            raise ValueError("joint_topk is for heads with pools of their own: set share_pool=False")
+        self.d_model, self.num_experts, self.num_heads, self.num_shared = d_model, num_experts, num_heads, num_shared
+        self.share_pool, self.joint_topk, self.gates = share_pool, joint_topk, gates
+        self.d_ff = num_experts if d_ff is None else d_ff
+        num_keys = num_experts - num_shared
+        # In all heads together; `_per_head` is what one call of the retrieval is asked for.
+        self.candidates = min(num_heads * candidates, num_keys)
+        self.topk = min(num_heads * topk, num_keys)
+        self._per_head = self.candidates if joint_topk else min(candidates, grid[0] * grid[1])
+        self.keys = ProductKeys(
+            d_model,
+            num_keys,
+            grid,
+            num_heads,
+            share_pool=share_pool,
+            share_keys=share_keys,
+            query_dim=query_dim,
+            query_norm=query_norm,
+            key_bias=key_bias,
+        )
+        self.pool = ExpertPool(
+            d_model,
+            num_experts,
+            activation=activation,
+            gated=gated,
+            expert_bias=expert_bias,
+            gate_bias=gate_bias,
+            num_shared=num_shared,
+            rerank=rerank,
+        )
+        self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
+
+    def reset_parameters(self) -> None:
+        """Random initialisation; leaves weights alone that transformers has already loaded."""
+        self.keys.reset_parameters()
+        self.pool.reset_parameters()
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype in and out: (..., d_model)."""
+        x_td = hidden_states.reshape(-1, self.d_model)
+        y_td = self.pool(x_td, *self._retrieve(x_td), self.topk)
+        if self.bias is not None:
+            y_td = y_td + self.bias
+        return y_td.view(hidden_states.shape)
+
+    def activations(self, x_td: torch.Tensor) -> torch.Tensor:
+        """What multiplies each expert's output vector, (t, n): 0 for experts that are not evaluated in full."""
+        return self.pool.activations(x_td, *self._retrieve(x_td), self.topk)
+
+    @torch.no_grad()
+    def active_experts(self, x_td: torch.Tensor) -> torch.Tensor:
+        """Which experts are evaluated in full for each token: bool (t, n)."""
+        return self.pool.weights(x_td, *self._retrieve(x_td), self.topk) != 0
+
+    def _retrieve(self, x_td: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Candidates and their gate values, each (t, c); (None, None): all experts, each with weight 1."""
+        if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
+            return None, None
+        index_thc, score_thc = self.keys(x_td, self._per_head, self.joint_topk)
+        found_thc = score_thc > -math.inf
+        if self.gates == "softmax":
+            weight_thc = score_thc.softmax(dim=-1)
+        elif self.gates == "sigmoid":
+            weight_thc = score_thc.sigmoid()
+        else:
+            weight_thc = found_thc.to(score_thc.dtype)
+        index_tc = index_thc.masked_fill(~found_thc, 0).flatten(1)
+        weight_tc = weight_thc.masked_fill(~found_thc, 0.0).flatten(1)
+        if self.gates == "unit" and self.share_pool and self.num_heads > 1:
+            # Several heads may retrieve the same expert: its first mention counts.
+            index_tc, order = torch.where(weight_tc > 0, index_tc, -1).sort(dim=1)
+            repeated = index_tc[:, 1:] == index_tc[:, :-1]
+            weight_tc = weight_tc.gather(1, order)
+            weight_tc = torch.cat([weight_tc[:, :1], weight_tc[:, 1:].masked_fill(repeated, 0.0)], dim=1)
+            index_tc = index_tc.clamp_min(0)
+        return index_tc + self.num_shared, weight_tc
+
+    @property
+    def active_fraction(self) -> float:
+        """Multiply-adds of the experts per token, as a share of the dense layer's (the router's not counted)."""
+        factors = 2 if self.pool.gate is None else 3
+        probes = self.candidates if self.pool.rerank is not None else self.topk
+        full = (factors - 1) * self.topk + probes + factors * self.num_shared
+        return full / (factors * self.d_ff)
+
+    @property
+    def router_fraction(self) -> float:
+        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0 if nothing is retrieved."""
+        if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
+            return 0.0
+        rows, columns = self.keys.grid
+        query = 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()
+        scores = self.num_heads * (rows + columns) * self.keys.sub_keys.shape[-1]
+        return (query + scores) / ((2 if self.pool.gate is None else 3) * self.d_ff * self.d_model)
+
+    def extra_repr(self) -> str:
+        rows, columns = self.keys.grid
+        return (
+            f"d_model={self.d_model}, num_experts={self.num_experts}, grid={rows}x{columns}, "
+            f"num_heads={self.num_heads}, topk={self.topk} of {self.candidates} candidates, gates={self.gates!r}"
+        )
+
+
+def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
+    """Put PEER layers and identities where `peer` says. Idempotent; parts that this model class lacks are passed over.
+
+    Raises:
+        ValueError: `peer` was written by a newer peerify, or names no module of this model.
+    """
+    if peer["format"] > FORMAT:
+        raise ValueError(
+            f"the config's `peer` entry has format {peer['format']} and this modeling_peer.py reads up to {FORMAT}: "
+            "update peerify, or load with trust_remote_code=True to use the file beside the weights"
+        )
+    prefix = model.base_model_prefix + "."
+    found = 0
+    for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            try:
+                old = model.get_submodule(candidate)
+            except AttributeError:
+                continue
+            found += 1
+            if not isinstance(old, PEER if new is not None else nn.Identity):
+                model.set_submodule(candidate, PEER(**new) if new is not None else nn.Identity())
+            break
+    if peer["layers"] and not found:
+        raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
+
+
+class PeerModelMixin:
+    """What a transformers class needs to hold PEER layers; comes before the architecture's own class."""
+
+    def post_init(self) -> None:
+        _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
+        super().post_init()  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        # The architecture's `_init_weights` knows nothing of these parameters, nor would a sub-model's be asked.
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, PEER):
+                module.reset_parameters()
+        super().initialize_weights()  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        # transformers copies the code of classes that came from a repository, not of registered ones.
+        if kwargs.get("is_main_process", True):
+            shutil.copyfile(__file__, Path(save_directory) / "modeling_peer.py")
+
+
+def _auto_classes() -> dict[str, type]:
+    """The Auto classes that build models, by name."""
+    from transformers.models.auto import modeling_auto
+
+    return {
+        name: value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and getattr(value, "_model_mapping", None) is not None
+    }
+
+
+def _heads(model_type: str, preferred: str | None = None) -> dict[str, str]:
+    """Auto class name -> class name, for every head that an architecture has."""
+    heads = {}
+    for auto, cls in _auto_classes().items():
+        names = cls._model_mapping._model_mapping.get(model_type)  # type: ignore[attr-defined]
+        if names:
+            names = (names,) if isinstance(names, str) else names
+            heads[auto] = preferred if preferred in names else names[0]
+    return heads
+
+
+def __getattr__(name: str) -> type:
+    """Make `Peer<Class>` for a transformers class on demand (PEP 562), so that auto_map and pickle find it."""
+    base_name = name.removeprefix("Peer")
+    base = getattr(transformers, base_name, None) if base_name != name and base_name else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(base, PretrainedConfig):
+        members = {"model_type": "peer_" + base.model_type, "__module__": __name__, "__qualname__": name}
+        cls = type(name, (base,), members)
+        globals()[name] = cls
+        _register(cls, base)
+    elif issubclass(base, PreTrainedModel):
+        config_class = globals().get("Peer" + base.config_class.__name__)
+        config_class = config_class or __getattr__("Peer" + base.config_class.__name__)
+        members = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
+        cls = globals()[name] = type(name, (PeerModelMixin, base), members)
+        # transformers skips the renaming of checkpoint keys for classes that are not its own.
+        mapping = conversion_mapping.get_checkpoint_conversion_mapping(base_name)
+        if mapping is None:
+            mapping = conversion_mapping.get_checkpoint_conversion_mapping(base.config_class.model_type)
+        if mapping is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    else:
+        raise AttributeError(f"{base_name} is neither a configuration nor a model of transformers")
+    return cls
+
+
+def _register(config_class: type, base: type) -> None:
+    """Make the Auto classes know a Peer config: generic heads build their backbone with AutoModel.from_config."""
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
+    autos = _auto_classes()
+    for auto, model_name in _heads(base.model_type).items():  # type: ignore[attr-defined]
+        autos[auto].register(config_class, __getattr__("Peer" + model_name), exist_ok=True)  # type: ignore[attr-defined]
+
+
+def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
+    """Make a dense model whose modules have been replaced an instance of its Peer class, in place.
+
+    Args:
+        model: an instance of a class of transformers; its PEER layers and identities are already in place.
+        peer: the config entry: {"format", "layers": {path: keyword arguments of PEER}, "identities": [path]}.
+
+    Raises:
+        ValueError: the class of `model` is not part of transformers.
+    """
+    name, config = type(model).__name__, model.config
+    if getattr(transformers, name, None) is not type(model):
+        raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
+    model_type = type(config).model_type
+    model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
+    config.__class__ = model.config_class
+    config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
+    config.peer = peer
+    config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
+    config.auto_map |= {auto: f"modeling_peer.Peer{head}" for auto, head in _heads(model_type, name).items()}
+    config.architectures = [type(model).__name__]
+    return model
+
+
+class _PeerConfigs(dict):  # type: ignore[type-arg]
+    """Extra entries of transformers' config mapping: `peer_<type>` for every type it knows, made when asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (isinstance(key, str) and self._base(key) is not None)
+
+    def __missing__(self, key: str) -> type:
+        base = self._base(key)
+        if base is None:
+            raise KeyError(key)
+        return globals().get("Peer" + base) or __getattr__("Peer" + base)
+
+    @staticmethod
+    def _base(key: str) -> str | None:
+        return configuration_auto.CONFIG_MAPPING_NAMES.get(key.removeprefix("peer_")) if key.startswith("peer_") else None
+
+
+def register() -> None:
+    """Let transformers load converted models of every architecture without trust_remote_code. Idempotent."""
+    mapping = configuration_auto.CONFIG_MAPPING
+    if not isinstance(mapping._extra_content, _PeerConfigs):
+        mapping._extra_content = _PeerConfigs(mapping._extra_content)
