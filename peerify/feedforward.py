@@ -64,8 +64,7 @@ class FeedForward:
     def to(self, device: torch.device, dtype: torch.dtype) -> FeedForward:
         """The same layer on another device and in another number type; unchanged tensors are not copied."""
         moved: dict[str, Any] = {
-            name: value.to(device, dtype) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
+            name: value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in vars(self).items()
         }
         return FeedForward(**moved)
 
@@ -178,9 +177,7 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
             chosen.update(usable or named)
     for i in sorted(chosen):
         if not sites[i].convertible:
-            raise ConversionError(
-                f"layer {i} ({sites[i].path}) cannot be converted: {sites[i].reason}; leave it out"
-            )
+            raise ConversionError(f"layer {i} ({sites[i].path}) cannot be converted: {sites[i].reason}; leave it out")
     return [sites[i] for i in sorted(chosen)]
 
 
@@ -196,9 +193,7 @@ def _rows(model: nn.Module, part: Projection, count: int) -> tuple[Tensor, Tenso
     return weight[rows], None if bias is None else bias.detach()[rows]
 
 
-def _site(
-    model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], uses: dict[str, int]
-) -> Site | None:
+def _site(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], uses: dict[str, int]) -> Site | None:
     """Judge one down projection and all its calls."""
     call, formula = group[0]
     up: Any = model.get_submodule(formula.up.path)
@@ -295,9 +290,7 @@ def _whole(model: nn.Module, trace: Trace, path: str, group: list[tuple[Call, Fo
 
 def _same(value: Value, source: Value | None) -> bool:
     """Whether `value` is `source`, at most reshaped or copied but not cast."""
-    return source is not None and (
-        without_reshape(value) is without_reshape(source) and value.dtype == source.dtype
-    )
+    return source is not None and (without_reshape(value) is without_reshape(source) and value.dtype == source.dtype)
 
 
 def _activation_module(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]]) -> str | None:

@@ -89,18 +89,13 @@ class ProductKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random initialisation; respects weights that transformers has already loaded."""
+        """Random initialisation; leaves weights alone that transformers has already loaded.
+
+        query_proj and query_norm are modules of torch, which initialise themselves.
+        """
         init.normal_(self.sub_keys, std=self.sub_keys.shape[-1] ** -0.5)
         if self.sub_key_bias is not None:
             init.zeros_(self.sub_key_bias)
-        if self.query_proj is not None:
-            init.normal_(self.query_proj.weight, std=self.query_proj.weight.shape[1] ** -0.5)
-        if self.query_norm is not None:
-            init.ones_(self.query_norm.weight)
-            init.zeros_(self.query_norm.bias)
-            init.zeros_(self.query_norm.running_mean)
-            init.ones_(self.query_norm.running_var)
-            init.zeros_(self.query_norm.num_batches_tracked)
 
     def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
@@ -114,9 +109,9 @@ class ProductKeys(nn.Module):
             else:
                 query = self.query_norm(query)
         if self.query_proj is None:
-            score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, -1, sum(self.grid))
+            score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, len(self.sub_keys), sum(self.grid))
         else:
-            half_th2r = query.view(tokens, heads, 2, -1)
+            half_th2r = query.view(tokens, heads, 2, self.sub_keys.shape[-1])
             row_key, column_key = self.sub_keys.split(self.grid, dim=1)
             row_tha = torch.einsum("thr,har->tha", half_th2r[:, :, 0], row_key.expand(heads, -1, -1))
             column_thb = torch.einsum("thr,hbr->thb", half_th2r[:, :, 1], column_key.expand(heads, -1, -1))
@@ -170,9 +165,7 @@ class ProductKeys(nn.Module):
             row_tha, row_index = row_tha.topk(min(topk, rows), dim=-1)
             column_thb, column_index = column_thb.topk(min(topk, columns), dim=-1)
             pairs = [
-                (i, j)
-                for i in range(row_tha.shape[-1])
-                for j in range(min(topk // (i + 1), column_thb.shape[-1]))
+                (i, j) for i in range(row_tha.shape[-1]) for j in range(min(topk // (i + 1), column_thb.shape[-1]))
             ]
             i, j = torch.tensor(pairs, device=device).unbind(1)
             score_thc = row_tha[..., i] + column_thb[..., j]
@@ -197,6 +190,8 @@ class ExpertPool(nn.Module):
     With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
     contribution |a_i| ||v_i|| is largest are evaluated in full.
     """
+
+    rerank_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -255,11 +250,7 @@ class ExpertPool(nn.Module):
         self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
         """Gate values (t, n) of the experts that `forward` evaluates in full, 0 for all others."""
-        probe_tn = None
-        if self.rerank is not None:
-            gated = self.rerank == "gate"
-            table, bias = (self.gate, self.gate_bias) if gated else (self.u, self.u_bias)
-            probe_tn = F.linear(x_td, table, bias)
+        probe_tn = None if self.rerank is None else F.linear(x_td, *self._probed())
         return self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
 
     def activations(
@@ -277,9 +268,7 @@ class ExpertPool(nn.Module):
             a_tn = a_tn * self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
         return a_tn
 
-    def _gathered(
-        self, x_td: torch.Tensor, index_tc: torch.Tensor, weight_tc: torch.Tensor, keep: int
-    ) -> torch.Tensor:
+    def _gathered(self, x_td: torch.Tensor, index_tc: torch.Tensor, weight_tc: torch.Tensor, keep: int) -> torch.Tensor:
         """Only the candidates' rows are read: for few tokens or many experts."""
 
         def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
@@ -287,9 +276,8 @@ class ExpertPool(nn.Module):
             return y if bias is None else y + bias[index]
 
         if self.rerank is not None and keep < index_tc.shape[1]:
-            gated = self.rerank == "gate"
-            table, bias = (self.gate, self.gate_bias) if gated else (self.u, self.u_bias)
-            size_tc = self._size(project(table, bias, index_tc)) * self.rerank_scale[index_tc]
+            assert self.rerank_scale is not None
+            size_tc = self._size(project(*self._probed(), index_tc)) * self.rerank_scale[index_tc]
             best_tk = (size_tc * weight_tc.detach().abs()).topk(keep, dim=1, sorted=False).indices
             index_tc, weight_tc = index_tc.gather(1, best_tk), weight_tc.gather(1, best_tk)
         if self.num_shared:
@@ -300,6 +288,12 @@ class ExpertPool(nn.Module):
         gate_tk = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
         a_tk = self._activate(u_tk, gate_tk) * weight_tc.to(x_td.dtype)
         return torch.einsum("tk,tkd->td", a_tk, self.v[index_tc])
+
+    def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Table and bias of the projection that re-ranks."""
+        if self.rerank == "gate" and self.gate is not None:
+            return self.gate, self.gate_bias
+        return self.u, self.u_bias
 
     def _activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         return self.act(u) if gate is None else self.act(gate) * u
@@ -323,7 +317,7 @@ class ExpertPool(nn.Module):
             weight_tn = x_td.new_ones(tokens, experts)
         else:
             weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, index_tc, weight_tc.to(x_td.dtype))
-        if self.rerank is not None and probe_tn is not None and keep < experts - shared:
+        if self.rerank_scale is not None and probe_tn is not None and keep < experts - shared:
             size_tn = self._size(probe_tn) * self.rerank_scale * weight_tn.detach().abs()
             kept_tk = size_tn[:, shared:].topk(keep, dim=1, sorted=False).indices + shared
             weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, kept_tk, 1.0)
@@ -463,12 +457,17 @@ class PEER(nn.Module):
             weight_thc = found_thc.to(score_thc.dtype)
         index_tc = index_thc.masked_fill(~found_thc, 0).flatten(1)
         weight_tc = weight_thc.masked_fill(~found_thc, 0.0).flatten(1)
-        if self.gates == "unit" and self.share_pool and self.num_heads > 1:
-            # Several heads may retrieve the same expert: its first mention counts.
-            index_tc, order = torch.where(weight_tc > 0, index_tc, -1).sort(dim=1)
-            repeated = index_tc[:, 1:] == index_tc[:, :-1]
+        if self.share_pool and self.num_heads > 1 and (self.gates == "unit" or self.pool.rerank is not None):
+            # Several heads may retrieve the same expert, which re-ranking takes or leaves as one: its first mention
+            # carries the gate values of all, with unit gates just its own.
+            index_tc, order = torch.where(found_thc.flatten(1), index_tc, -1).sort(dim=1)
+            first_tc = torch.ones_like(index_tc, dtype=torch.bool)
+            first_tc[:, 1:] = index_tc[:, 1:] != index_tc[:, :-1]
             weight_tc = weight_tc.gather(1, order)
-            weight_tc = torch.cat([weight_tc[:, :1], weight_tc[:, 1:].masked_fill(repeated, 0.0)], dim=1)
+            if self.gates != "unit":
+                first_mention_tc = torch.where(first_tc, torch.arange(index_tc.shape[1], device=index_tc.device), 0)
+                weight_tc = torch.zeros_like(weight_tc).scatter_add(1, first_mention_tc.cummax(1).values, weight_tc)
+            weight_tc = weight_tc.masked_fill(~first_tc, 0.0)
             index_tc = index_tc.clamp_min(0)
         return index_tc + self.num_shared, weight_tc
 
@@ -482,7 +481,7 @@ class PEER(nn.Module):
 
     @property
     def router_fraction(self) -> float:
-        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0 if nothing is retrieved."""
+        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to retrieve."""
         if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
             return 0.0
         rows, columns = self.keys.grid
@@ -563,8 +562,8 @@ def _heads(model_type: str, preferred: str | None = None) -> dict[str, str]:
     for auto, cls in _auto_classes().items():
         names = cls._model_mapping._model_mapping.get(model_type)  # type: ignore[attr-defined]
         if names:
-            names = (names,) if isinstance(names, str) else names
-            heads[auto] = preferred if preferred in names else names[0]
+            names = [names] if isinstance(names, str) else list(names)
+            heads[auto] = str(preferred if preferred in names else names[0])
     return heads
 
 
@@ -575,19 +574,24 @@ def __getattr__(name: str) -> type:
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(base, PretrainedConfig):
-        members = {"model_type": "peer_" + base.model_type, "__module__": __name__, "__qualname__": name}
+        members: dict[str, Any] = {
+            "model_type": "peer_" + base.model_type,
+            "__module__": __name__,
+            "__qualname__": name,
+        }
         cls = type(name, (base,), members)
         globals()[name] = cls
         _register(cls, base)
     elif issubclass(base, PreTrainedModel):
-        config_class = globals().get("Peer" + base.config_class.__name__)
-        config_class = config_class or __getattr__("Peer" + base.config_class.__name__)
+        dense_config: Any = base.config_class
+        config_name = "Peer" + dense_config.__name__
+        config_class = globals().get(config_name) or __getattr__(config_name)
         members = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
         cls = globals()[name] = type(name, (PeerModelMixin, base), members)
         # transformers skips the renaming of checkpoint keys for classes that are not its own.
         mapping = conversion_mapping.get_checkpoint_conversion_mapping(base_name)
         if mapping is None:
-            mapping = conversion_mapping.get_checkpoint_conversion_mapping(base.config_class.model_type)
+            mapping = conversion_mapping.get_checkpoint_conversion_mapping(dense_config.model_type)
         if mapping is not None:
             conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
     else:
@@ -618,7 +622,7 @@ def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
         raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
     model_type = type(config).model_type
     model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
-    config.__class__ = model.config_class
+    config.__class__ = model.config_class  # type: ignore[assignment]
     config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
     config.peer = peer
     config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
@@ -641,7 +645,9 @@ class _PeerConfigs(dict):  # type: ignore[type-arg]
 
     @staticmethod
     def _base(key: str) -> str | None:
-        return configuration_auto.CONFIG_MAPPING_NAMES.get(key.removeprefix("peer_")) if key.startswith("peer_") else None
+        return (
+            configuration_auto.CONFIG_MAPPING_NAMES.get(key.removeprefix("peer_")) if key.startswith("peer_") else None
+        )
 
 
 def register() -> None:

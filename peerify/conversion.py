@@ -1,0 +1,204 @@
+"""Dense model in, PEER model out: the story of a conversion.
+
+Suffixes: t tokens, d d_model, f neurons of the dense layer, n experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peerify import calibration
+from peerify.clustering import arrange
+from peerify.feedforward import FeedForward, Site, find_feedforwards, read_feedforward, replace, select_sites
+from peerify.modeling_peer import FORMAT, PEER, adopt
+from peerify.plan import plan_layer
+from peerify.recipe import PeerConfig
+from peerify.refit import fit_outputs, relative_error
+from peerify.router import RouterFit, fill_keys, fit_router, points
+
+PROBE_TOKENS = 2048  # enough to tell which projection re-ranks better
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conversion:
+    """A converted model and what is known of it."""
+
+    model: nn.Module
+    layers: dict[str, dict[str, Any]]
+    """Keyword arguments of `PEER` for each converted path."""
+    layer_errors: dict[str, float]
+    """Relative output error |y' - y|^2 / |y|^2 of each layer on its own calibration input."""
+    active_fraction: float
+    """Multiply-adds of the experts per token over those of the dense layers they replace."""
+    router_fraction: float
+    """The router's own multiply-adds, over the same."""
+    seconds: float
+
+
+@torch.no_grad()
+def convert(
+    model: nn.Module,
+    config: PeerConfig,
+    calibration_data: Tensor | Sequence[dict[str, Tensor]],
+    *,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Replace dense feed-forward layers by PEER layers, in place.
+
+    Args:
+        model: a transformers model of a class of its own library.
+        config: which layers, how many experts, how they are retrieved.
+        calibration_data: windows of token ids (windows, context), or batches of keyword arguments for the model.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ConversionError: nothing to convert, a layer has no room for what `config` asks, or activations are not finite.
+    """
+    start = time.perf_counter()
+    sites = select_sites(find_feedforwards(model), config.layers)
+    plans = {site.path: _plan(model, site, config) for site in sites}
+    batches = (
+        calibration.token_batches(calibration_data, model)
+        if isinstance(calibration_data, Tensor)
+        else list(calibration_data)
+    )
+    errors: dict[str, float] = {}
+    layers: list[PEER] = []
+    for data in calibration.walk(model, sites, batches):
+        path = data.site.path
+        if progress:
+            progress("Converting layers", len(errors), len(sites))
+        ff = read_feedforward(model, data.site)
+        layer, plans[path], errors[path] = convert_layer(ff, plans[path], data, config)
+        parameter = next(model.get_submodule(path).parameters())
+        replace(model, data.site, layer.to(parameter.device, parameter.dtype))
+        layers.append(layer)
+    if progress:
+        progress("Converting layers", len(sites), len(sites))
+    identities = [path for site in sites for path in site.identities]
+    adopt(model, {"format": FORMAT, "layers": plans, "identities": identities})  # type: ignore[arg-type]
+    weights = [plan["d_ff"] * plan["d_model"] * (3 if plan["gated"] else 2) for plan in plans.values()]
+    return Conversion(
+        model=model,
+        layers=plans,
+        layer_errors=errors,
+        active_fraction=_mean([layer.active_fraction for layer in layers], weights),
+        router_fraction=_mean([layer.router_fraction for layer in layers], weights),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.no_grad()
+def convert_layer(
+    ff: FeedForward, plan: dict[str, Any], data: calibration.SiteData, config: PeerConfig
+) -> tuple[PEER, dict[str, Any], float]:
+    """One dense layer as a PEER layer.
+
+    Args:
+        ff: the dense layer.
+        plan: keyword arguments of `PEER`; rerank may still be "auto".
+        data: what the layer sees on the calibration data.
+
+    Returns:
+        The layer, its final keyword arguments, and its relative output error on the data.
+        `data.converted_td` is set.
+    """
+    ff = ff.to(data.x_td.device, torch.float32)
+    fit = fit_router(ff, data.x_td)
+    neuron_n, share_n = _experts(fit, plan, config.seed)
+    layer = _build(ff, plan, fit, neuron_n, share_n)
+    if plan["rerank"] is not None:
+        plan = {**plan, "rerank": _choose_probe(layer, plan["rerank"], fit, neuron_n, data)}
+    target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
+    some_left_out = layer.topk < layer.num_experts - layer.num_shared
+    data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and some_left_out)
+    return layer, plan, relative_error(data.converted_td, data.y_td)
+
+
+def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
+    """Which neuron each expert copies, shared ones first, and which share of the neuron's output it carries.
+
+    Fewer experts than neurons: those of largest mean importance stay. More: the most important are split equally.
+    """
+    wanted, d_ff = plan["num_experts"], len(fit.mean_score_f)
+    ranked = fit.mean_score_f.argsort(descending=True, stable=True)
+    copies_f = torch.zeros(d_ff, dtype=torch.long)
+    copies_f[ranked] = wanted // d_ff
+    copies_f[ranked[: wanted % d_ff]] += 1
+    neuron_n = ranked.repeat_interleave(copies_f[ranked])
+    shared, routed = neuron_n.split([plan["num_shared"], wanted - plan["num_shared"]])
+    order = arrange(
+        points(fit)[routed].cpu(), 1 if plan["share_pool"] else plan["num_heads"], tuple(plan["grid"]), seed
+    )
+    neuron_n = torch.cat([shared, routed[order.to(routed.device)]])
+    return neuron_n, 1.0 / copies_f[neuron_n]
+
+
+def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tensor, share_n: Tensor) -> PEER:
+    """A PEER layer whose experts are copies of neurons, with fitted queries and sub-keys."""
+    with torch.random.fork_rng(devices=[]):  # the random initialisation is overwritten: leave no trace of it
+        layer = PEER(**plan | {"rerank": "up" if plan["rerank"] == "auto" else plan["rerank"]}).to(ff.u_fd.device)
+    pool = layer.pool
+    pool.u.data.copy_(ff.u_fd[neuron_n])
+    pool.v.data.copy_(ff.v_fd[neuron_n] * share_n[:, None])
+    for table, source in ((pool.gate, ff.gate_fd), (pool.u_bias, ff.u_bias_f), (pool.gate_bias, ff.gate_bias_f)):
+        if table is not None and source is not None:
+            table.data.copy_(source[neuron_n])
+    if layer.bias is not None and ff.bias_d is not None:
+        layer.bias.data.copy_(ff.bias_d)
+    routed = neuron_n[layer.num_shared :]
+    fill_keys(layer.keys, fit, routed, _head_weights(pool.v.data[layer.num_shared :], layer.num_heads))
+    return layer.eval()
+
+
+def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
+    """How much of each expert's output head h looks at, (h, n): heads that search one pool with like keys would all
+    retrieve the same experts, so each judges an expert by its own share of the output coordinates."""
+    parts = [v_nd[:, head::heads].norm(dim=1) for head in range(heads)]
+    return torch.stack(parts) / v_nd.norm(dim=1).clamp_min(torch.finfo(v_nd.dtype).tiny) * heads**0.5
+
+
+def _choose_probe(layer: PEER, wanted: str, fit: RouterFit, neuron_n: Tensor, data: calibration.SiteData) -> str:
+    """Set the projection that re-ranks candidates: `wanted`, or under "auto" the one with the smaller output error."""
+    options = list(fit.probe_scale_f) if wanted == "auto" else [wanted]
+    step = max(1, len(data.x_td) // PROBE_TOKENS)
+
+    def use(option: str) -> None:
+        layer.pool.rerank = option
+        assert layer.pool.rerank_scale is not None
+        layer.pool.rerank_scale.copy_(fit.probe_scale_f[option][neuron_n])
+
+    def error(option: str) -> float:
+        use(option)
+        return relative_error(layer(data.x_td[::step]), data.y_td[::step])
+
+    best = min(options, key=error) if len(options) > 1 else options[0]
+    use(best)
+    return best
+
+
+def _plan(model: nn.Module, site: Site, config: PeerConfig) -> dict[str, Any]:
+    ff = read_feedforward(model, site)
+    return plan_layer(
+        config,
+        path=site.path,
+        d_model=site.d_model,
+        d_ff=site.d_ff,
+        gated=ff.gate_fd is not None,
+        activation=site.activation,
+        expert_bias=ff.u_bias_f is not None,
+        gate_bias=ff.gate_bias_f is not None,
+        output_bias=ff.bias_d is not None,
+    )
+
+
+def _mean(values: list[float], weights: list[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)

@@ -1,0 +1,169 @@
+"""From what the user asked for to the arguments of one PEER layer. Arithmetic only: needs no torch and no weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peerify.errors import ConversionError
+from peerify.recipe import PeerConfig
+
+# Multiply-adds of the sub-keys as a share of those of the experts they retrieve: below it, retrieval stays cheap.
+ROUTER_SHARE = 0.2
+# Cells of one head's grid: with fewer, a + b sub-keys are hardly fewer than the a * b experts they stand for.
+SMALLEST_GRID = 48
+# Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
+# fewer experts evaluated in full; these splits had the smallest output error.
+CANDIDATES = {3: 1.5, 2: 4 / 3}
+
+
+def plan_layer(
+    config: PeerConfig,
+    *,
+    path: str,
+    d_model: int,
+    d_ff: int,
+    gated: bool,
+    activation: str,
+    expert_bias: bool = False,
+    gate_bias: bool = False,
+    output_bias: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments of `PEER` for one dense layer.
+
+    `rerank` stays "auto" where the data decide between "gate" and "up".
+
+    Raises:
+        ConversionError: `config` asks for something that this layer has no room for.
+    """
+    config = config.expanded()
+    vectors = 3 if gated else 2
+    num_experts = config.num_experts or d_ff
+    routed = num_experts - config.num_shared
+    if routed < 1:
+        raise ConversionError(
+            f"{path}: num_shared {config.num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
+        )
+    gates = config.gates or "unit"
+    share_pool = bool(config.share_pool)
+    joint_topk = not share_pool if config.joint_topk is None else config.joint_topk
+    rerank = None if config.rerank == "none" or gates == "softmax" else config.rerank
+    if rerank == "gate" and not gated:
+        raise ConversionError(f"{path}: rerank 'gate' needs gated experts, and these are plain: use up or auto")
+
+    # The compute asked for, in multiply-adds per d_model: one projection of one expert is 1.
+    compute = None
+    if config.active is not None:
+        compute = config.active * vectors * d_ff - vectors * config.num_shared
+        if compute < vectors:
+            raise ConversionError(
+                f"{path}: active {config.active} of {d_ff} neurons is less than the {config.num_shared} always-on "
+                "experts and one more: raise active or lower num_shared"
+            )
+    else:
+        per_head = (config.candidates or 0) + (vectors - 1) * (config.topk or 0) or 1
+        compute_guess = (config.num_heads or 8) * per_head
+    key_budget = ROUTER_SHARE * (compute if compute is not None else compute_guess)
+    num_heads, grid = _grid(config, path, routed, share_pool, key_budget)
+
+    topk, candidates = config.topk, config.candidates
+    if compute is not None:
+        topk, candidates = _split(compute, routed, num_heads, vectors if rerank else None, vectors)
+    assert topk is not None
+    candidates = candidates or topk
+    cells = routed if share_pool else math.ceil(routed / num_heads)
+    if config.topk is not None and num_heads * candidates > routed * (num_heads if share_pool else 1):
+        raise ConversionError(
+            f"{path}: {num_heads} heads x {candidates} retrieved each is above its {routed} experts: "
+            "lower num_heads, topk or candidates"
+        )
+    if candidates == topk:
+        rerank = None
+    query_dim = config.query_dim
+    if query_dim is None and (config.share_keys or config.query_norm):
+        query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
+    return {
+        "d_model": d_model,
+        "num_experts": num_experts,
+        "grid": list(grid),
+        "num_heads": num_heads,
+        "topk": min(topk, cells) if not joint_topk else topk,
+        "candidates": min(candidates, cells) if not joint_topk else candidates,
+        "activation": activation,
+        "gated": gated,
+        "expert_bias": expert_bias,
+        "gate_bias": gate_bias,
+        "output_bias": output_bias,
+        "num_shared": config.num_shared,
+        "share_pool": share_pool,
+        "share_keys": bool(config.share_keys),
+        "joint_topk": joint_topk,
+        "gates": gates,
+        "query_dim": query_dim,
+        "query_norm": bool(config.query_norm),
+        "key_bias": not config.query_norm,  # a batch norm has a bias of its own
+        "rerank": rerank,
+        "d_ff": d_ff,
+    }
+
+
+def _split(compute: float, routed: int, num_heads: int, rerank_vectors: int | None, vectors: int) -> tuple[int, int]:
+    """topk and candidates per head that spend at most `compute`, and all of it where there are experts enough."""
+    everything = math.ceil(routed / num_heads)
+    if compute >= vectors * routed:
+        return everything, everything
+    if rerank_vectors is None:
+        topk = max(1, int(compute / vectors / num_heads))
+        return topk, topk
+    wanted = min(routed, CANDIDATES[vectors] * compute / vectors)
+    candidates = everything if wanted == routed else max(1, round(wanted / num_heads))
+    spent = min(num_heads * candidates, routed)
+    topk = int((compute - spent) / (vectors - 1) / num_heads)
+    return max(1, min(topk, candidates)), candidates
+
+
+def _grid(
+    config: PeerConfig, path: str, routed: int, share_pool: bool, key_budget: float
+) -> tuple[int, tuple[int, int]]:
+    """Number of heads and the grid of each.
+
+    Heads that own parts of the pool: as many sub-keys as `key_budget` allows, since they decide how well retrieval
+    can be fitted, with few spare cells.
+    """
+    heads = config.num_heads
+    if config.grid is not None:
+        cells = config.grid[0] * config.grid[1]
+        heads = heads or (8 if share_pool else math.ceil(routed / cells))
+        spare = cells * (1 if share_pool else heads) - routed
+        if not 0 <= spare < cells:
+            raise ConversionError(
+                f"{path}: a grid of {config.grid[0]}x{config.grid[1]} with {heads} heads has "
+                f"{cells * (1 if share_pool else heads)} cells for {routed} experts: choose cells that hold all of "
+                "them without leaving a whole grid empty"
+            )
+        return heads, config.grid
+    if heads is not None and not share_pool and heads > routed:
+        raise ConversionError(f"{path}: {heads} heads cannot divide {routed} experts: lower num_heads")
+    if share_pool:
+        rows = math.isqrt(routed)
+        best = min(_shapes(routed, 1), key=lambda shape: (shape[1], shape[0]), default=(rows, 0, (rows + 1, rows + 1)))
+        return heads or 8, best[2]
+    options = []
+    for count in [heads] if heads else range(1, max(1, routed // SMALLEST_GRID) + 1):
+        options += [(sum(grid) * count, spare, count, grid) for _, spare, grid in _shapes(routed, count)]
+    affordable = [option for option in options if option[0] <= key_budget] or [min(options)]
+    # Among equally wasteful ones, most sub-keys; a spare cell costs as much as a sub-key gains.
+    _, _, count, grid = max(affordable, key=lambda o: (o[0] - 4 * o[1], -o[2], o[3]))
+    return count, grid
+
+
+def _shapes(routed: int, heads: int) -> list[tuple[int, int, tuple[int, int]]]:
+    """(sub-keys, spare cells, grid) of the grids that hold `routed` experts in `heads` parts, rows <= columns."""
+    cells = math.ceil(routed / heads)
+    shapes = []
+    for rows in range(max(1, math.isqrt(cells // 2)), math.isqrt(cells) + 1):
+        columns = math.ceil(cells / rows)
+        spare = heads * rows * columns - routed
+        if spare < rows * columns:
+            shapes.append((rows + columns, spare, (rows, columns)))
+    return shapes

@@ -1,0 +1,70 @@
+"""Refit the experts' output vectors to what the router really retrieves.
+
+Retrieval leaves neurons out, and those that are left in can make up for part of it. With the weighted activations a(x)
+of the converted layer fixed, the output vectors that minimise |a(x) V - target(x)|^2 have a closed form in second
+moments. The target is the dense layer's output, moved by what brings the stream of hidden states back to the dense
+model's, so that each layer also corrects the errors of those before it.
+
+Suffixes: t tokens, d d_model, n experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peerify.modeling_peer import PEER
+
+CHUNK_ELEMENTS = 4_000_000  # of the (tokens, n) activations computed at a time
+KEPT_ELEMENTS = 250_000_000  # of them kept (1 GB) rather than computed again
+LARGEST_GRAM = 16_384  # experts; beyond it the n x n moments (1 GB) and their factorisation cost more than they bring
+SHRINKAGE = 0.1  # towards the output vectors as they are, in units of an expert's own activation energy
+
+
+def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) -> Tensor:
+    """Refit the layer's output vectors, in place, so that its output for `x_td` comes near `target_td`.
+
+    Layers of more than LARGEST_GRAM experts keep their output vectors, as do all without `refit`.
+
+    Returns:
+        The layer's output (t, d).
+    """
+    chunks = x_td.split(max(1, CHUNK_ELEMENTS // layer.num_experts))
+    kept = [layer.activations(x) for x in chunks] if len(x_td) * layer.num_experts <= KEPT_ELEMENTS else None
+
+    def activations() -> Iterator[Tensor]:
+        yield from kept if kept is not None else map(layer.activations, chunks)
+
+    bias = 0.0 if layer.bias is None else layer.bias
+    if refit and layer.num_experts <= LARGEST_GRAM:
+        _ridge(layer, activations(), target_td - bias)
+    return torch.cat([a_tn @ layer.pool.v for a_tn in activations()]) + bias
+
+
+def _ridge(layer: PEER, activations: Iterator[Tensor], target_td: Tensor) -> None:
+    experts = layer.num_experts
+    gram_nn, moment_nd = target_td.new_zeros(experts, experts), target_td.new_zeros(experts, target_td.shape[1])
+    start = 0
+    for a_tn in activations:
+        gram_nn.addmm_(a_tn.T, a_tn)
+        moment_nd.addmm_(a_tn.T, target_td[start : start + len(a_tn)])
+        start += len(a_tn)
+    v_nd = layer.pool.v.data
+    fitted_nd = gram_nn @ v_nd
+    if layer.gates != "unit":
+        # Such gates shrink every expert: first the one factor that undoes it best, then each vector by itself.
+        scale = (v_nd * moment_nd).sum() / (v_nd * fitted_nd).sum().clamp_min(torch.finfo(v_nd.dtype).tiny)
+        v_nd.mul_(scale)
+        fitted_nd *= scale
+    energy_n = gram_nn.diagonal()
+    penalty_n = SHRINKAGE * energy_n + 1e-3 * energy_n.mean() + torch.finfo(v_nd.dtype).tiny
+    factor_nn = torch.linalg.cholesky(gram_nn.diagonal_scatter(energy_n + penalty_n))
+    v_nd.add_(torch.cholesky_solve(moment_nd - fitted_nd, factor_nn))
+
+
+def relative_error(y_td: Tensor, wanted_td: Tensor) -> float:
+    """|y - wanted|^2 / |wanted|^2."""
+    total = float(wanted_td.pow(2).sum())
+    return float((y_td - wanted_td).pow(2).sum()) / max(total, torch.finfo(wanted_td.dtype).tiny)
