@@ -1,0 +1,195 @@
+"""Text in, windows of tokens out, for calibration and evaluation alike.
+
+The protocol that makes perplexities compare: join the text, tokenise it once without special tokens, cut it
+into windows of `context` tokens that do not overlap, drop the remainder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerify.errors import DataError, UsageError
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
+HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
+MAX_CHARACTERS_PER_TOKEN = 24  # far above any tokenizer's average on prose, code or CJK text
+
+
+def read_text(spec: str, max_characters: int | None = None) -> str:
+    """The text behind `spec`, whole, or its first `max_characters` characters.
+
+    Args:
+        spec: a .txt (.text, .raw, .md), .jsonl or .parquet file, the latter two with a "text" field or
+            column, or a Hub dataset ``name``, ``name:config`` or ``name:config:split`` (train unless named),
+            streamed. Rows are joined by blank lines.
+        max_characters: enough is enough; None reads everything.
+
+    Raises:
+        DataError: no such file or dataset, a kind of file that is not read, no "text", or only whitespace.
+    """
+    pieces: list[str] = []
+    length = 0
+    for piece in _pieces(spec):
+        separator = "\n\n" if pieces else ""
+        pieces.append(separator + piece)
+        length += len(separator) + len(piece)
+        if max_characters is not None and length >= max_characters:
+            break
+    text = "".join(pieces)[:max_characters]
+    if not text.strip():
+        raise DataError(f"{spec} holds no text: give a file or dataset with some prose in it")
+    return text
+
+
+def tokenize(text: str, tokenizer: Any, context: int, max_tokens: int | None = None) -> torch.Tensor:
+    """Windows (b, t) of int64 token ids, t = `context`; at most the first `max_tokens` tokens are used.
+
+    Raises:
+        UsageError: `max_tokens` is less than one window.
+        DataError: the text is shorter than one window.
+    """
+    if max_tokens is not None and max_tokens < context:
+        raise UsageError(f"{max_tokens} tokens are less than one window: ask for at least {context} (the context)")
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    count = min(len(ids), max_tokens if max_tokens is not None else len(ids)) // context
+    if count == 0:
+        raise DataError(
+            f"the text is too short: {len(ids)} tokens, and one window takes {context}; give more text or a "
+            "smaller --context"
+        )
+    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def load_windows(
+    specs: list[str],
+    tokenizer: Any,
+    *,
+    context: int = 512,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """`read_text` and `tokenize` for one or several sources, which share `max_tokens` equally; (b, t) int64.
+
+    A source with less text than its share gives what it has, with a warning in the log.
+
+    Raises:
+        UsageError: no source, or less than one window of tokens asked of each.
+        DataError: see `read_text` and `tokenize`; the message names the source.
+    """
+    if not specs:
+        raise UsageError("no text was given: name a .txt file or a Hub dataset such as wikitext:wikitext-2-raw-v1")
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer: text cannot be turned into tokens")
+    shares: list[int | None] = [None] * len(specs)
+    if max_tokens is not None:
+        windows, rest = divmod(max_tokens // context, len(specs))
+        shares = [(windows + (i < rest)) * context for i in range(len(specs))]
+        if 0 in shares:
+            raise UsageError(
+                f"{max_tokens} tokens are less than one window of {context} for each of {len(specs)} texts: "
+                f"ask for at least {context * len(specs)}"
+            )
+    parts = []
+    for done, (spec, share) in enumerate(zip(specs, shares, strict=True)):
+        if progress is not None:
+            progress("Tokenising the text", done, len(specs))
+        text = read_text(spec, share * MAX_CHARACTERS_PER_TOKEN if share is not None else None)
+        try:
+            part = tokenize(text, tokenizer, context, share)
+        except DataError as error:
+            raise DataError(f"{spec}: {error}") from None
+        if share is not None and part.numel() < share:
+            logger.warning("%s has only %d of the %d tokens asked for; going on with those", spec, part.numel(), share)
+        parts.append(part)
+    if progress is not None:
+        progress("Tokenising the text", len(specs), len(specs))
+    return torch.cat(parts)
+
+
+def _pieces(spec: str) -> Iterator[str]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
+    if not path.exists():
+        if path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")):
+            raise DataError(f"no such text file: {spec}")
+        return _hub_rows(spec)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
+    reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _plain_text)
+    return _explain(spec, reader(path))
+
+
+def _explain(spec: str, pieces: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from pieces
+    except UnicodeDecodeError:
+        raise DataError(f"{spec} is not UTF-8 text: convert it to UTF-8 first") from None
+    except OSError as error:
+        raise DataError(f"cannot read {spec}: {error.strerror or error}") from None
+
+
+def _plain_text(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _jsonl_rows(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {number}: not a JSON object") from None
+            yield _text_field(row, f"{path}, line {number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                _text_field(dict.fromkeys(file.schema_arrow.names), str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from (_text_field(row, str(path)) for row in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def _hub_rows(spec: str) -> Iterator[str]:
+    if not HUB_DATASET.fullmatch(spec):
+        raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
+    import datasets
+
+    name, config, split, *_ = [*spec.split(":"), None, None]
+    try:
+        rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
+        for row in rows:
+            yield _text_field(row, f"the Hub dataset {spec}")
+    except DataError:
+        raise
+    except Exception as error:  # the library raises a dozen unrelated kinds, network errors among them
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason[0]}") from None
+
+
+def _text_field(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        fields = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+        raise DataError(f'{where}: no "text" field with a string in it{fields}')
+    return text

@@ -1,0 +1,108 @@
+"""Write a converted model's folder: weights, code, tokenizer, a record of how it was made, and a card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import peerify
+from peerify.card import model_card
+from peerify.checkpoint import DenseModel, atomic_folder, load_dense
+from peerify.conversion import Conversion, Progress, convert
+from peerify.data import load_windows
+from peerify.errors import ConversionError
+from peerify.output import MARKER
+from peerify.recipe import Recipe
+
+
+def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Load the dense model, convert it and write the result to `recipe.output`, whole or not at all.
+
+    Returns:
+        ``{"output", "layers", "active_fraction", "router_fraction", "seconds", "peak_rss_mb", "layer_errors"}``.
+
+    Raises:
+        PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
+    """
+    with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
+        dense = load_dense(
+            recipe.model,
+            revision=recipe.revision,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        if getattr(dense.model, "main_input_name", "input_ids") != "input_ids":
+            raise ConversionError(
+                f"{recipe.model} reads {dense.model.main_input_name}, not text: "
+                "calibrate it from Python, peerify.convert(model, config, [batches of its inputs])"
+            )
+        windows_bt = load_windows(
+            recipe.calibration.sources,
+            dense.tokenizer,
+            context=recipe.calibration.context,
+            max_tokens=recipe.calibration.tokens,
+            progress=progress,
+        )
+        conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
+        if progress:
+            progress("Writing", 0, 1)
+        write_model(folder, conversion, dense, recipe, windows_bt)
+        if progress:
+            progress("Writing", 1, 1)
+    return {
+        "output": recipe.output,
+        "layers": list(conversion.layers),
+        "active_fraction": conversion.active_fraction,
+        "router_fraction": conversion.router_fraction,
+        "seconds": conversion.seconds,
+        "peak_rss_mb": _peak_rss_mb(),
+        "layer_errors": conversion.layer_errors,
+    }
+
+
+def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe: Recipe, windows_bt: Tensor) -> None:
+    """All files of a converted model. The same conversion writes the same bytes: no dates, no local paths."""
+    dense.save_processor(folder)
+    conversion.model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)  # type: ignore[operator]
+    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device"})
+    resolved["model"] = dense.source
+    resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
+    record = {
+        "peerify": peerify.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        },
+        "source": {"model": dense.source, "revision": dense.revision},
+        "recipe": resolved,
+        "calibration": {
+            "tokens": windows_bt.numel(),
+            "sha256": hashlib.sha256(windows_bt.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+        },
+        "active_fraction": conversion.active_fraction,
+        "router_fraction": conversion.router_fraction,
+        "layer_errors": conversion.layer_errors,
+    }
+    (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record, conversion.layers), encoding="utf-8")
+
+
+def _public(spec: str) -> str:
+    """A calibration source as others may see it: a local file by its name only."""
+    return Path(spec).name if Path(spec).expanduser().exists() else spec
+
+
+def _peak_rss_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,0 +1,126 @@
+"""What a conversion would do, from the config alone, and what one has done. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerify.checkpoint import load_skeleton
+from peerify.errors import ConversionError, UsageError
+from peerify.feedforward import Site, find_feedforwards
+from peerify.modeling_peer import PEER
+from peerify.plan import plan_layer
+from peerify.recipe import PeerConfig
+
+Progress = Callable[[str, int, int], None]
+
+
+def inspect_model(
+    source: str,
+    *,
+    active: float = 0.5,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The feed-forward layers of a dense model, and what they would cost per token as PEER layers.
+
+    Args:
+        source: a Hub id, a directory or a .gguf file.
+        active: share of the dense layer's compute spent on experts per token.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals"}``. Each layer has
+        ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
+        "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
+        weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
+        finding the experts takes comes on top, as router. totals sums the layers that can be converted.
+
+    Raises:
+        UsageError: `active` is not in (0, 1].
+        CheckpointError: see `load_skeleton`.
+    """
+    if not 0 < active <= 1:
+        raise UsageError(f"--active {active} is not a share: give a number above 0 and at most 1")
+    tell = progress if progress is not None else lambda *_: None
+    tell("Finding feed-forward layers", 0, 1)
+    model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    config = PeerConfig(active=active)
+    rows = [_row(site, config, dtype.itemsize) for site in find_feedforwards(model)]
+    tell("Finding feed-forward layers", 1, 1)
+    able = [row for row in rows if row["convertible"]]
+    totals: dict[str, Any] = {"convertible": len(able), "parameters": sum(row["parameters"] for row in able)}
+    for key in ("bytes_per_token", "flops_per_token"):
+        totals[key] = {when: sum(row[key][when] for row in able) for when in _COSTS}
+    return {
+        "model": source,
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "active": active,
+        "feedforwards": rows,
+        "totals": totals,
+    }
+
+
+def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
+    """The PEER layers of the converted model in `folder`: its config's entries with path, active and router.
+
+    active and router are shares of the dense layer's multiply-adds per token.
+    """
+    peer = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))["peer"]
+    rows = []
+    for path, options in peer["layers"].items():
+        active, router = _shares(options)
+        rows.append({**options, "path": path, "active": active, "router": router})
+    return rows
+
+
+_COSTS = ("dense", "converted", "router")
+
+
+def _row(site: Site, config: PeerConfig, itemsize: int) -> dict[str, Any]:
+    gated = site.kind == "gated"
+    weights = (3 if gated else 2) * site.d_model * site.d_ff
+    shares = [1.0, 1.0, 0.0]  # of `weights`, in the order of _COSTS
+    reason = site.reason or None
+    if site.convertible:
+        try:
+            options = plan_layer(
+                config,
+                path=site.path,
+                d_model=site.d_model,
+                d_ff=site.d_ff,
+                gated=gated,
+                activation=site.activation,
+            )
+            shares[1:] = _shares(options)
+        except ConversionError as error:
+            reason = str(error)
+    touched = {name: round(share * weights) for name, share in zip(_COSTS, shares, strict=True)}
+    return {
+        "path": site.path,
+        "kind": site.kind,
+        "d_model": site.d_model,
+        "d_ff": site.d_ff,
+        "activation": site.activation,
+        "convertible": reason is None,
+        "reason": reason,
+        "parameters": site.parameters,
+        "bytes_per_token": {name: count * itemsize for name, count in touched.items()},
+        "flops_per_token": {name: count * 2 for name, count in touched.items()},
+    }
+
+
+def _shares(options: Mapping[str, Any]) -> tuple[float, float]:
+    """Multiply-adds of experts and of router, as shares of the dense layer's."""
+    if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
+        options = {**options, "rerank": "up"}
+    with torch.device("meta"):
+        layer = PEER(**options)
+    return layer.active_fraction, layer.router_fraction

@@ -1,0 +1,287 @@
+"""What people read: tables on stdout, progress on stderr. `print_json` is what scripts read."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+PATIENCE_S = 1.0  # work shorter than this shows no progress
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; numbers that JSON cannot hold (NaN, infinity) become null."""
+    sys.stdout.write(json.dumps(_finite(result), indent=2, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_inspection(result: Mapping[str, Any]) -> None:
+    """The feed-forward layers of a model; neighbours that differ in their number only share a row."""
+    console = _console()
+    sites = list(enumerate(result["feedforwards"]))
+    console.print(f"{result['model']}: {result['model_type']}, {_count(result['parameters'])} parameters\n")
+    if not sites:
+        console.print("No dense feed-forward layer was found; routed experts cannot be converted.")
+        return
+    share = f">at {result['active']:.0%}"
+    staying = ["stays dense"] if not all(site["convertible"] for _, site in sites) else []
+    table = _table("", "layer", "kind", ">d_model×d_ff", ">weights", ">read", share, ">router", *staying)
+    for _, run in groupby(sites, key=lambda site: _alike(site[1])):
+        rows = list(run)
+        (first, site), (last, _) = rows[0], rows[-1]
+        read = site["bytes_per_token"]
+        cost = [_count(site["parameters"]), *(_bytes(read[key]) for key in read)]
+        table.add_row(
+            str(first) if first == last else f"{first}–{last}",
+            _common_path([row["path"] for _, row in rows]),
+            f"{site['kind']} {site['activation'] or ''}",
+            f"{site['d_model']}×{site['d_ff']}",
+            *(cost if site["convertible"] else ["", "", "", "", f"because {site['reason']}"]),
+        )
+    console.print(table)
+    totals = result["totals"]
+    read, flops = totals["bytes_per_token"], totals["flops_per_token"]
+    console.print(
+        f"{totals['convertible']} of {len(sites)} layers can be converted; "
+        f"with {result['active']:.0%} active, for each token they\n"
+        f"  read {_bytes(read['dense'])} → {_bytes(read['converted'])} of weights, "
+        f"and {_bytes(read['router'])} for the router\n"
+        f"  take {_count(flops['dense'])} → {_count(flops['converted'])} FLOPs, "
+        f"and {_count(flops['router'])} for the router"
+    )
+    if totals["convertible"]:
+        console.print(f"\nnext: peerify convert {result['model']} OUT --calibration TEXT.txt")
+
+
+def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
+    """One row per converted layer, then where the model lies and what to do next."""
+    console = _console()
+    table = _table("", "layer", ">experts", ">grid", ">heads × top-k", ">active", ">error")
+    for number, layer in enumerate(layers):
+        error = result["layer_errors"].get(layer["path"])
+        topk = str(layer["topk"])
+        if layer.get("candidates") and layer["candidates"] != layer["topk"]:
+            topk = f"{topk} of {layer['candidates']}"
+        table.add_row(
+            str(number),
+            layer["path"],
+            f"{layer['num_experts']:,}",
+            "×".join(map(str, layer["grid"])),
+            f"{layer['num_heads']} × {topk}",
+            f"{layer['active']:.1%}",
+            "–" if error is None else f"{error:.4f}",
+        )
+    console.print(table)
+    console.print(
+        f"{len(layers)} layers converted, {result['active_fraction']:.1%} of their compute active "
+        f"(and {result['router_fraction']:.1%} for the router), "
+        f"in {result['seconds']:.0f} s with at most {result['peak_rss_mb']:,.0f} MB of memory\n"
+        f"model: {result['output']}\n"
+        f"next: peerify eval {result['output']} --against DENSE --data TEXT.txt"
+    )
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Perplexities, then one row per PEER layer."""
+    console = _console()
+    against = result["against"]
+    if against:
+        table = _table("model", ">perplexity", ">ratio", ">KL from dense")
+        compared = f"{against['ratio']:.3f}×", f"{against['kl']:.4f}"
+        table.add_row(result["model"], f"{result['perplexity']:.2f}", *compared)
+        table.add_row(against["model"], f"{against['perplexity']:.2f}")
+    else:
+        table = _table("model", ">perplexity")
+        table.add_row(result["model"], f"{result['perplexity']:.2f}")
+    console.print(table)
+    console.print(f"{result['tokens']:,} tokens")
+    layers = result["layers"]
+    if not layers:
+        return
+    table = _table("", "layer", ">experts", ">active", ">used", ">KL from uniform")
+    for number, layer in enumerate(layers):
+        table.add_row(
+            str(number),
+            layer["path"],
+            f"{layer['num_experts']:,}",
+            f"{layer['active']:.1%}",
+            f"{layer['usage']:.1%}",
+            f"{layer['kl_uniform']:.3f}",
+        )
+    mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("active", "usage", "kl_uniform")}
+    table.add_section()
+    table.add_row("", "mean", "", f"{mean['active']:.1%}", f"{mean['usage']:.1%}", f"{mean['kl_uniform']:.3f}")
+    console.print(table)
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[ProgressReport]:
+    """A `progress(stage, done, total)` callable for library functions."""
+    report = ProgressReport()
+    try:
+        yield report
+    except BaseException:
+        report.close(failed=True)
+        raise
+    report.close()
+
+
+class ProgressReport:
+    """Bars with time left on a terminal, at most two lines per stage elsewhere, nothing for short work."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._lock = threading.Lock()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._stage: str | None = None
+        self._started = 0.0
+        self._state = (0, 1)
+        self._shown = False
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say that `done` of `total` units of `stage` are done; another stage's name ends the one before."""
+        with self._lock:
+            if stage != self._stage:
+                self._finish()
+                self._stage, self._started, self._shown = stage, time.monotonic(), False
+                # A timer, not a look at the clock in the next call: that call may be minutes away.
+                self._timer = threading.Timer(PATIENCE_S, self._appear, [stage])
+                self._timer.daemon = True
+                self._timer.start()
+            self._state = (done, total)
+            if self._bars is not None and stage in self._tasks:
+                self._bars.update(self._tasks[stage], completed=done, total=total, spent=self._spent())
+            if done >= total:
+                self._finish()
+
+    def close(self, failed: bool = False) -> None:
+        """End the last stage; its bar stays full, or where it was if the work failed."""
+        with self._lock:
+            self._finish(failed)
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
+
+    def _appear(self, stage: str) -> None:
+        with self._lock:
+            if stage != self._stage:
+                return
+            self._shown = True
+            if not self._console.is_terminal:
+                self._console.print(f"{stage} …", markup=False)
+                return
+            if self._bars is None:
+                self._bars = Progress(
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(),
+                    TextColumn("{task.percentage:>3.0f} %"),
+                    TimeElapsedColumn(),
+                    _TimeLeft(),
+                    console=self._console,
+                )
+                self._bars.start()
+            done, total = self._state
+            self._tasks[stage] = self._bars.add_task(stage, completed=done, total=total, spent=self._spent())
+            self._bars.tasks[-1].start_time = self._started  # rich's clock is time.monotonic, too
+
+    def _spent(self) -> float:
+        return time.monotonic() - self._started
+
+    def _finish(self, failed: bool = False) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._stage is not None and self._shown and not self._console.is_terminal and not failed:
+            self._console.print(f"{self._stage}: {self._spent():.0f} s", markup=False)
+        if self._bars is not None and self._stage in self._tasks and not failed:
+            total = self._state[1]
+            self._bars.update(self._tasks[self._stage], completed=total, total=total)
+        self._stage = None
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left at the mean speed so far; rich's own column forgets what is older than half a minute."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total or not task.completed or task.elapsed is None:
+            return Text("")
+        left = max(0.0, task.fields["spent"] * task.total / task.completed - task.elapsed)
+        return Text(f"{timedelta(seconds=round(left))} left", style="progress.remaining")
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 1000  # rich assumes 80 columns for a pipe and would cut the paths
+    return console
+
+
+def _table(*headers: str) -> Table:
+    """Headers that start with ">" are for numbers, aligned to the right."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for header in headers:
+        table.add_column(
+            header.removeprefix(">"),
+            justify="right" if header.startswith(">") else "left",
+            # On a narrow screen words fold, numbers do not.
+            no_wrap=header not in ("layer", "model", "stays dense"),
+            overflow="fold",
+        )
+    return table
+
+
+def _alike(site: Mapping[str, Any]) -> tuple[Any, ...]:
+    skeleton = ".".join("*" if part.isdigit() else part for part in site["path"].split("."))
+    return skeleton, *(str(value) for key, value in sorted(site.items()) if key != "path")
+
+
+def _common_path(paths: list[str]) -> str:
+    """["a.0.mlp", "a.1.mlp"] → "a.0–1.mlp"."""
+    parts = zip(*(path.split(".") for path in paths), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
+
+
+def _count(number: float) -> str:
+    return _scaled(number, 1000, ("", " k", " M", " G", " T"))
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, 1000, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while abs(number) >= step and power < len(units) - 1:
+        number /= step
+        power += 1
+    return f"{number:.0f}{units[0]}" if power == 0 else f"{number:.3g}{units[power]}"
