@@ -183,9 +183,7 @@ def _load(
         )
     _refuse_nonfinite(model, found.name)
     _forget_path(model, found)
-    return DenseModel(
-        model.to(target).eval(), found.name, found.revision, found.folder, found.gguf, trust_remote_code
-    )
+    return DenseModel(model.to(target).eval(), found.name, found.revision, found.folder, found.gguf, trust_remote_code)
 
 
 def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerify import calibration
+from peerify.calibration import Batch, SiteData, token_batches, walk
 from peerify.clustering import arrange
 from peerify.feedforward import FeedForward, Site, find_feedforwards, read_feedforward, replace, select_sites
 from peerify.modeling_peer import FORMAT, PEER, adopt
@@ -47,7 +47,7 @@ class Conversion:
 def convert(
     model: nn.Module,
     config: PeerConfig,
-    calibration_data: Tensor | Sequence[dict[str, Tensor]],
+    calibration: Tensor | Sequence[Batch],
     *,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -56,7 +56,7 @@ def convert(
     Args:
         model: a transformers model of a class of its own library.
         config: which layers, how many experts, how they are retrieved.
-        calibration_data: windows of token ids (windows, context), or batches of keyword arguments for the model.
+        calibration: windows of token ids (windows, context), or batches of keyword arguments for the model.
         progress: called with (stage, done, total).
 
     Raises:
@@ -65,14 +65,10 @@ def convert(
     start = time.perf_counter()
     sites = select_sites(find_feedforwards(model), config.layers)
     plans = {site.path: _plan(model, site, config) for site in sites}
-    batches = (
-        calibration.token_batches(calibration_data, model)
-        if isinstance(calibration_data, Tensor)
-        else list(calibration_data)
-    )
+    batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
     errors: dict[str, float] = {}
     layers: list[PEER] = []
-    for data in calibration.walk(model, sites, batches):
+    for data in walk(model, sites, batches):
         path = data.site.path
         if progress:
             progress("Converting layers", len(errors), len(sites))
@@ -98,7 +94,7 @@ def convert(
 
 @torch.no_grad()
 def convert_layer(
-    ff: FeedForward, plan: dict[str, Any], data: calibration.SiteData, config: PeerConfig
+    ff: FeedForward, plan: dict[str, Any], data: SiteData, config: PeerConfig
 ) -> tuple[PEER, dict[str, Any], float]:
     """One dense layer as a PEER layer.
 
@@ -166,7 +162,7 @@ def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
     return torch.stack(parts) / v_nd.norm(dim=1).clamp_min(torch.finfo(v_nd.dtype).tiny) * heads**0.5
 
 
-def _choose_probe(layer: PEER, wanted: str, fit: RouterFit, neuron_n: Tensor, data: calibration.SiteData) -> str:
+def _choose_probe(layer: PEER, wanted: str, fit: RouterFit, neuron_n: Tensor, data: SiteData) -> str:
     """Set the projection that re-ranks candidates: `wanted`, or under "auto" the one with the smaller output error."""
     options = list(fit.probe_scale_f) if wanted == "auto" else [wanted]
     step = max(1, len(data.x_td) // PROBE_TOKENS)

@@ -257,9 +257,7 @@ def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
                 lambda m, args, kwargs, path=path: recorder.enter(path, m, args, kwargs), with_kwargs=True
             )
         )
-        handles.append(
-            module.register_forward_hook(lambda m, args, output, path=path: recorder.leave(path, m, output))
-        )
+        handles.append(module.register_forward_hook(lambda m, args, output, path=path: recorder.leave(path, m, output)))
     try:
         with _eval_mode(model), _traceable_experts(model), torch.no_grad():
             given = example_inputs(model) if inputs is None else inputs

@@ -10,9 +10,7 @@ from peerify.errors import CheckpointError
 from peerify.source import PROCESSOR_FILES, no_safetensors, weight_files
 
 
-def download(
-    repo: str, *, revision: str | None = None, weights: bool = True, code: bool = False
-) -> tuple[Path, str]:
+def download(repo: str, *, revision: str | None = None, weights: bool = True, code: bool = False) -> tuple[Path, str]:
     """Return the cached snapshot folder of `repo` and its commit.
 
     Raises CheckpointError in one sentence: unknown, private or gated repository, unknown revision, no
@@ -49,15 +47,13 @@ def download(
                 hf_hub_download(repo, name, revision=commit)
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} is gated: accept its terms at https://huggingface.co/{repo} "
-            "and log in with `hf auth login`."
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repo} has no revision {revision}.") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repo}: no such directory, and no such model on the Hub "
-            "(if it is private, log in with `hf auth login`)."
+            f"{repo}: no such directory, and no such model on the Hub (if it is private, log in with `hf auth login`)."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
@@ -69,8 +65,7 @@ def download(
         names = _list_files(repo, revision)
         if any(name.lower().endswith(".gguf") for name in names):
             raise CheckpointError(
-                f"{repo} holds GGUF files only: download one with `hf download {repo} FILE.gguf` "
-                "and give its path."
+                f"{repo} holds GGUF files only: download one with `hf download {repo} FILE.gguf` and give its path."
             ) from error
         raise CheckpointError(f"{repo}{at} has no config.json, so it is not a transformers model.") from error
     except errors.HfHubHTTPError as error:

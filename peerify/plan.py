@@ -116,7 +116,8 @@ def _split(compute: float, routed: int, num_heads: int, rerank_vectors: int | No
         topk = max(1, int(compute / vectors / num_heads))
         return topk, topk
     wanted = min(routed, CANDIDATES[vectors] * compute / vectors)
-    candidates = everything if wanted == routed else max(1, round(wanted / num_heads))
+    candidates = everything if wanted == routed else round(wanted / num_heads)
+    candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
     spent = min(num_heads * candidates, routed)
     topk = int((compute - spent) / (vectors - 1) / num_heads)
     return max(1, min(topk, candidates)), candidates
@@ -142,8 +143,6 @@ def _grid(
                 "them without leaving a whole grid empty"
             )
         return heads, config.grid
-    if heads is not None and not share_pool and heads > routed:
-        raise ConversionError(f"{path}: {heads} heads cannot divide {routed} experts: lower num_heads")
     if share_pool:
         rows = math.isqrt(routed)
         best = min(_shapes(routed, 1), key=lambda shape: (shape[1], shape[0]), default=(rows, 0, (rows + 1, rows + 1)))
@@ -151,6 +150,8 @@ def _grid(
     options = []
     for count in [heads] if heads else range(1, max(1, routed // SMALLEST_GRID) + 1):
         options += [(sum(grid) * count, spare, count, grid) for _, spare, grid in _shapes(routed, count)]
+    if not options:  # more heads than experts, or so many that even the smallest grids leave a head empty
+        raise ConversionError(f"{path}: {heads} heads cannot divide {routed} experts: lower num_heads")
     affordable = [option for option in options if option[0] <= key_budget] or [min(options)]
     # Among equally wasteful ones, most sub-keys; a spare cell costs as much as a sub-key gains.
     _, _, count, grid = max(affordable, key=lambda o: (o[0] - 4 * o[1], -o[2], o[3]))

@@ -53,9 +53,7 @@ class Source:
         return "peer" in self.config or str(self.config.get("model_type", "")).startswith("peer_")
 
 
-def open_source(
-    source: str | Path, *, revision: str | None = None, weights: bool = True, code: bool = False
-) -> Source:
+def open_source(source: str | Path, *, revision: str | None = None, weights: bool = True, code: bool = False) -> Source:
     """Find the files of `source` (Hub id, directory or .gguf file; a Hub id is downloaded) and check them.
 
     `weights=False` leaves the weights out: none is downloaded or checked. `code=True` downloads .py files.
@@ -211,13 +209,10 @@ def _safetensors_names(path: Path) -> set[str]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has a corrupt safetensors header; download it again.") from error
     if size < 8 + length + end:
-        raise CheckpointError(
-            f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; download it again."
-        )
+        raise CheckpointError(f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; download it again.")
     if size > 8 + length + end:
         raise CheckpointError(
-            f"{path} is corrupt: {size:,} bytes where its header says {8 + length + end:,}; "
-            "download it again."
+            f"{path} is corrupt: {size:,} bytes where its header says {8 + length + end:,}; download it again."
         )
     return set(header)
 
