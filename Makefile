@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL ?=
 TEXT ?=
 
-.PHONY: help demo test lint slow format clean
+.PHONY: help demo test lint slow zoo format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "             MODEL=user/name|folder|file.gguf and TEXT=file.txt take your own"
 	@echo "make test    install, then linters, type checker and tests"
 	@echo "make slow    the tests that take longer as well"
+	@echo "make zoo     convert every architecture of transformers, write docs/architectures.md (about 25 minutes)"
 	@echo "make lint    linters and type checker only"
 	@echo "make format  rewrite the code as the linter wants it"
 	@echo "make clean   remove the virtual environment, the demo's files and caches"
@@ -44,6 +45,9 @@ test: lint
 
 slow: lint
 	@$(BIN)/python -m pytest -m ''
+
+zoo: $(READY)
+	@$(BIN)/python tests/zoo/run.py
 
 format: $(READY)
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .

@@ -319,14 +319,15 @@ def _capture(model: nn.Module, site: Site, into: _Seen) -> Iterator[None]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, and no key-value cache: a block that is run again must not find its own past."""
-    config = getattr(model, "config", None)
-    use_cache, training = getattr(config, "use_cache", None), model.training
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]  # T5's decoder has its own
+    training = model.training
     model.eval()
     try:
-        if use_cache:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
-        if use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
         model.train(training)

@@ -62,7 +62,12 @@ class DenseModel:
                     self.files, trust_remote_code=self.trust_remote_code, **options
                 )
         except Exception as error:
-            raise CheckpointError(f"{self.source} has no readable tokenizer: {_line(error)}.") from error
+            if not self.gguf and self.files and not list(self.files.glob("*token*")):
+                raise CheckpointError(
+                    f"{self.source} has no tokenizer (tokenizer.json): text cannot be turned into tokens; "
+                    "copy the original model's tokenizer files beside the weights"
+                ) from error
+            raise CheckpointError(f"{self.source} has no readable tokenizer: {_line(error)}") from error
         tokenizer.name_or_path = self.source
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.gguf and positions:  # GGUF tokenizers come without a length, which shows as 1e30
@@ -138,7 +143,7 @@ def load_skeleton(
             else:
                 model = cls.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be built from its config: {_line(error)}.") from error
+        raise CheckpointError(f"{found.name} cannot be built from its config: {_line(error)}") from error
     return model.eval()
 
 
@@ -152,7 +157,7 @@ def _load(
     converted_too: bool,
 ) -> DenseModel:
     if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     target = _device(device)
     _require_transformers()
     found = open_source(source, revision=revision, code=trust_remote_code)
@@ -173,13 +178,13 @@ def _load(
         with _quiet():
             model, info = cls.from_pretrained(found.folder, output_loading_info=True, **options)
     except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be loaded: {_line(error)}.") from error
+        raise CheckpointError(f"{found.name} cannot be loaded: {_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{found.name} has no weights for {missing[0]}{more}, which {type(model).__name__} needs; "
-            "check `architectures` in its config.json."
+            "check `architectures` in its config.json"
         )
     _refuse_nonfinite(model, found.name)
     _forget_path(model, found)
@@ -198,12 +203,12 @@ def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
         if not known and not found.config.get("auto_map"):
             raise CheckpointError(
                 f"{found.name}: transformers {transformers.__version__} does not know the architecture "
-                f"{model_type!r}; a newer transformers might."
+                f"{model_type!r}; a newer transformers might"
             )
         if not known and not trust_remote_code:
             raise CheckpointError(
                 f"{found.name} runs code from its own repository (auto_map in config.json); read that code, "
-                "then pass --trust-remote-code."
+                "then pass --trust-remote-code"
             )
     try:
         with _quiet():
@@ -213,7 +218,7 @@ def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
             return AutoConfig.from_pretrained(found.folder, trust_remote_code=trust)
     except Exception as error:
         what = "metadata" if found.gguf else "config.json"
-        raise CheckpointError(f"{found.name}: its {what} cannot be used: {_line(error)}.") from error
+        raise CheckpointError(f"{found.name}: its {what} cannot be used: {_line(error)}") from error
 
 
 def _model_class(found: Source, config: PretrainedConfig) -> Any:
@@ -224,7 +229,7 @@ def _model_class(found: Source, config: PretrainedConfig) -> Any:
 
         cls = getattr(modeling, name, None)
         if cls is None:
-            raise CheckpointError(f"{found.name}: this peerify does not know the class {name or 'None'}.")
+            raise CheckpointError(f"{found.name}: this peerify does not know the class {name or 'None'}")
         return cls
     auto_map = found.config.get("auto_map") or {}
     if type(config).__module__.startswith("transformers_modules"):
@@ -244,13 +249,13 @@ def _device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
-        raise UsageError(f"device {device!r} cannot be used: {_line(error)}.") from error
+        raise UsageError(f"device {device!r} cannot be used: {_line(error)}") from error
     return target
 
 
 def _refuse_converted(found: Source) -> None:
     if found.converted:
-        raise CheckpointError(f"{found.name} is already a PEER model; give the dense model it came from.")
+        raise CheckpointError(f"{found.name} is already a PEER model; give the dense model it came from")
 
 
 def _refuse_nonfinite(model: PreTrainedModel, name: str) -> None:
@@ -261,7 +266,7 @@ def _refuse_nonfinite(model: PreTrainedModel, name: str) -> None:
                 kind = "NaN" if low.isnan() else "infinite"
                 raise CheckpointError(
                     f"{name}: the parameter {path} has {kind} values in {str(parameter.dtype)[6:]}; "
-                    "the checkpoint is damaged, or needs --dtype float32."
+                    "the checkpoint is damaged, or needs --dtype float32"
                 )
 
 
@@ -284,7 +289,7 @@ def _require_transformers() -> None:
     if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         raise CheckpointError(
             f"peerify needs transformers {OLDEST_TRANSFORMERS} or newer, not {transformers.__version__}; "
-            "run `pip install -U transformers`."
+            "run `pip install -U transformers`"
         )
 
 

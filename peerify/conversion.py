@@ -114,9 +114,23 @@ def convert_layer(
     if plan["rerank"] is not None:
         plan = {**plan, "rerank": _choose_probe(layer, plan["rerank"], fit, neuron_n, data)}
     target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
-    some_left_out = layer.topk < layer.num_experts - layer.num_shared
-    data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and some_left_out)
+    inexact = layer.gates != "unit" or layer.topk < layer.num_experts - layer.num_shared
+    data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and inexact)
     return layer, plan, relative_error(data.converted_td, data.y_td)
+
+
+@torch.no_grad()
+def exact_layer(ff: FeedForward, site: Site) -> tuple[PEER, dict[str, Any]]:
+    """A PEER layer that retrieves every neuron with gate 1, which is the dense layer, and its keyword arguments.
+
+    Its keys are random: nothing depends on them until fewer are retrieved.
+    """
+    plan = _plan_for(ff, site, PeerConfig(active=1.0))
+    plan["rerank"] = None
+    with torch.random.fork_rng(devices=[]):
+        layer = PEER(**plan).to(ff.u_fd.device, ff.u_fd.dtype)
+    _copy_neurons(layer, ff, torch.arange(site.d_ff, device=ff.u_fd.device))
+    return layer.eval(), plan
 
 
 def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
@@ -142,17 +156,25 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
     """A PEER layer whose experts are copies of neurons, with fitted queries and sub-keys."""
     with torch.random.fork_rng(devices=[]):  # the random initialisation is overwritten: leave no trace of it
         layer = PEER(**plan | {"rerank": "up" if plan["rerank"] == "auto" else plan["rerank"]}).to(ff.u_fd.device)
+    _copy_neurons(layer, ff, neuron_n)
+    layer.pool.v.data.mul_(share_n[:, None])
+    routed = neuron_n[layer.num_shared :]
+    fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
+    return layer.eval()
+
+
+def _copy_neurons(layer: PEER, ff: FeedForward, neuron_n: Tensor) -> None:
+    """Make expert n a copy of neuron `neuron_n[n]`, and the layer's bias that of the dense layer."""
     pool = layer.pool
     pool.u.data.copy_(ff.u_fd[neuron_n])
-    pool.v.data.copy_(ff.v_fd[neuron_n] * share_n[:, None])
+    pool.v.data.copy_(ff.v_fd[neuron_n])
     for table, source in ((pool.gate, ff.gate_fd), (pool.u_bias, ff.u_bias_f), (pool.gate_bias, ff.gate_bias_f)):
         if table is not None and source is not None:
             table.data.copy_(source[neuron_n])
     if layer.bias is not None and ff.bias_d is not None:
         layer.bias.data.copy_(ff.bias_d)
-    routed = neuron_n[layer.num_shared :]
-    fill_keys(layer.keys, fit, routed, _head_weights(pool.v.data[layer.num_shared :], layer.num_heads))
-    return layer.eval()
+    if ff.learned is not None:
+        pool.act.load_state_dict(ff.learned.state_dict())
 
 
 def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
@@ -182,8 +204,12 @@ def _choose_probe(layer: PEER, wanted: str, fit: RouterFit, neuron_n: Tensor, da
 
 
 def _plan(model: nn.Module, site: Site, config: PeerConfig) -> dict[str, Any]:
-    ff = read_feedforward(model, site)
-    return plan_layer(
+    return _plan_for(read_feedforward(model, site), site, config)
+
+
+def _plan_for(ff: FeedForward, site: Site, config: PeerConfig) -> dict[str, Any]:
+    extra = {"clamp": ff.clamp} if ff.clamp else {}
+    return extra | plan_layer(
         config,
         path=site.path,
         d_model=site.d_model,

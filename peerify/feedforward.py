@@ -6,6 +6,7 @@ Site; its weights are read in one form, FeedForward, always with one row per neu
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peerify.dataflow import Call, Trace, Value, record
 from peerify.errors import ConversionError
-from peerify.formula import Formula, Projection, activation_function, read_formula, without_reshape
+from peerify.formula import Clamp, Formula, Projection, activation_function, read_formula, without_reshape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,14 @@ class Site:
     convertible: bool
     reason: str
     """Why it is not convertible; empty if it is."""
+    clamp: Clamp | None = None
+    """Clamps and a shift inside a gated layer, see formula.Clamp."""
+    learned: str = ""
+    """The module that holds the activation's own parameters, if it has any."""
+    inner_scale: float = 1.0
+    """A constant that multiplies what enters the activation; read_feedforward folds it into the weights."""
+    outer_scale: float = 1.0
+    """A constant that multiplies the layer's output; read_feedforward folds it into the weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,21 +69,32 @@ class FeedForward:
     gate_bias_f: Tensor | None
     bias_d: Tensor | None
     activation: str
+    clamp: Clamp | None = None
+    learned: nn.Module | None = None
+    """The activation itself where it has parameters."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FeedForward:
         """The same layer on another device and in another number type; unchanged tensors are not copied."""
         moved: dict[str, Any] = {
             name: value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in vars(self).items()
         }
+        if self.learned is not None:
+            moved["learned"] = copy.deepcopy(self.learned).to(device, dtype)
         return FeedForward(**moved)
 
     def factors(self, x_td: Tensor) -> tuple[Tensor, Tensor | None]:
         """The factors of a gated neuron's value, up and act(gate); or (act(up), None): (…, d_ff) each."""
-        act = activation_function(self.activation)
+        act = self.learned or activation_function(self.activation)
         up_tf = F.linear(x_td, self.u_fd, self.u_bias_f)
         if self.gate_fd is None:
             return act(up_tf), None
-        return up_tf, act(F.linear(x_td, self.gate_fd, self.gate_bias_f))
+        gate_tf = F.linear(x_td, self.gate_fd, self.gate_bias_f)
+        if self.clamp is None:
+            return up_tf, act(gate_tf)
+        infinite = float("inf")
+        act_tf = act(gate_tf.clamp(max=self.clamp.get("gate", infinite))).clamp(max=self.clamp.get("act", infinite))
+        limit = self.clamp.get("up", infinite)
+        return up_tf.clamp(-limit, limit) + self.clamp.get("shift", 0.0), act_tf
 
     def hidden(self, x_td: Tensor) -> Tensor:
         """What enters the down projection, one number per neuron: (…, d_model) → (…, d_ff)."""
@@ -118,6 +138,11 @@ def read_feedforward(model: nn.Module, site: Site) -> FeedForward:
     u_fd, u_bias_f = _rows(model, site.up, site.d_ff)
     gate_fd, gate_bias_f = _rows(model, site.gate, site.d_ff) if site.gate else (None, None)
     down_df, bias_d = _rows(model, Projection(path=site.down), site.d_model)
+    down_df, bias_d = _times(site.outer_scale, down_df, bias_d)
+    if gate_fd is None:
+        u_fd, u_bias_f = _times(site.inner_scale, u_fd, u_bias_f)
+    else:
+        gate_fd, gate_bias_f = _times(site.inner_scale, gate_fd, gate_bias_f)
     return FeedForward(
         u_fd=u_fd,
         gate_fd=gate_fd,
@@ -126,6 +151,8 @@ def read_feedforward(model: nn.Module, site: Site) -> FeedForward:
         gate_bias_f=gate_bias_f,
         bias_d=bias_d,
         activation=site.activation,
+        clamp=site.clamp,
+        learned=model.get_submodule(site.learned) if site.learned else None,
     )
 
 
@@ -181,6 +208,12 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
     return [sites[i] for i in sorted(chosen)]
 
 
+def _times(scale: float, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if scale == 1.0:
+        return weight, bias
+    return scale * weight, None if bias is None else scale * bias
+
+
 def _rows(model: nn.Module, part: Projection, count: int) -> tuple[Tensor, Tensor | None]:
     """Weight rows, one per output feature, and biases of a part of a linear module."""
     module: Any = model.get_submodule(part.path)
@@ -220,25 +253,38 @@ def _site(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], use
         parameters=vectors * d_model * d_ff + biases + (0 if down.bias is None else d_out),
         convertible=False,
         reason=formula.reason,
+        clamp=formula.clamp,
+        learned=formula.learned,
+        inner_scale=formula.scale,
     )
     if site.reason:
         return site
     if d_out != d_model:
-        return changed(site, reason=f"its output width {d_out} differs from its input width {d_model}")
-    if any((f.up, f.gate, f.reason) != (formula.up, formula.gate, "") for _, f in group[1:]):
+        return changed(
+            site, reason=f"its output width {d_out} differs from its input width {d_model}, as in a projector"
+        )
+    if any(
+        (f.up, f.gate, f.learned, f.scale, f.clamp, f.reason)
+        != (formula.up, formula.gate, formula.learned, formula.scale, formula.clamp, "")
+        for _, f in group[1:]
+    ):
         return changed(site, reason="its down projection also serves another layer")
     if any(len(trace.calls[path]) != uses[path] or _read_elsewhere(model, trace, path) for path in members):
         return changed(site, reason="its weights are also used outside of it")
     if any(_leaks(c, f) for c, f in group):
         return changed(site, reason="its hidden activation is also used outside of it")
-    if _whole(model, trace, site.path, group):
-        return changed(site, convertible=True)
+    scale = _whole(model, trace, site.path, group)
+    if scale is not None:
+        return changed(site, convertible=True, outer_scale=scale)
+    activation = None if formula.gate is not None else _activation_module(model, trace, group)
+    if activation is not None:
+        return changed(site, path=formula.up.path, identities=(activation, call.path), convertible=True)
+    inner = _inner_module(model, trace, group)
+    if inner is not None:
+        return changed(site, path=inner, identities=(call.path,), convertible=True)
     if formula.gate is not None:
         return changed(site, reason="it has no module of its own that takes x and returns its output")
-    activation = _activation_module(model, trace, group)
-    if activation is None:
-        return changed(site, reason="neither the layer nor its activation is a module of its own")
-    return changed(site, path=formula.up.path, identities=(activation, call.path), convertible=True)
+    return changed(site, reason="neither the layer nor its activation is a module of its own")
 
 
 def _members(call: Call, formula: Formula) -> list[str]:
@@ -264,28 +310,75 @@ def _read_elsewhere(model: nn.Module, trace: Trace, path: str) -> bool:
 def _leaks(call: Call, formula: Formula) -> bool:
     """Whether anything but the down projection reads what lies between x and it."""
     allowed = {*formula.inner, call.output}
-    return any(c not in allowed for v in formula.inner if v.kind != "constant" for c in v.consumers)
+    fixed = ("constant", "parameter")
+    return any(c not in allowed for v in formula.inner if v.kind not in fixed for c in v.consumers)
 
 
-def _whole(model: nn.Module, trace: Trace, path: str, group: list[tuple[Call, Formula]]) -> bool:
-    """Whether the module at `path` is exactly the layer: its parameters, x in, the layer's output out."""
+def _whole(model: nn.Module, trace: Trace, path: str, group: list[tuple[Call, Formula]]) -> float | None:
+    """What the module at `path` returns, in units of the layer's output, if it is exactly the layer: its
+    parameters, x in, the layer's output or a constant multiple of it out. Else None."""
     if not path:
-        return False
-    own = {id(t) for m in _members(*group[0]) for t in model.get_submodule(m).parameters()}
+        return None
+    learned = group[0][1].learned
+    members = [*_members(*group[0]), *([learned] if learned else [])]
+    own = {id(t) for m in members for t in _tensors(model.get_submodule(m))}
     module = model.get_submodule(path)
-    if not own >= {id(t) for t in module.parameters()} or list(module.buffers()):
-        return False
+    if not own >= {id(t) for t in _tensors(module)}:
+        return None
     calls = trace.calls.get(path, [])
     if len(calls) != len(group):
-        return False
+        return None
+    scales = set()
     for outer, (call, formula) in zip(calls, group, strict=True):
         if not outer.start <= call.start <= call.end <= outer.end:
-            return False
+            return None
         if outer.x is None or outer.output is None or outer.x.shape != outer.output.shape:
-            return False
-        if without_reshape(outer.x) is not formula.x or not _same(outer.output, call.output):
-            return False
-    return True
+            return None
+        output, scale = _without_scale(outer.output)
+        if without_reshape(outer.x) is not formula.x or not _same(output, call.output):
+            return None
+        scales.add(scale)
+    return scales.pop() if len(scales) == 1 else None
+
+
+def _inner_module(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]]) -> str | None:
+    """A module that takes x and returns z, activation included, and holds nothing else: then PEER takes its place,
+    and the down projection falls away."""
+    formula = group[0][1]
+    own = {id(t) for m in (*_members(*group[0])[:-1], formula.learned) if m for t in _tensors(model.get_submodule(m))}
+    path = formula.up.path.rpartition(".")[0]
+    while path:
+        if not own >= {id(t) for t in _tensors(model.get_submodule(path))}:
+            return None
+        calls = trace.calls.get(path, [])
+        if len(calls) == len(group) and all(
+            outer.x is not None
+            and outer.output is not None
+            and without_reshape(outer.x) is f.x
+            and _same(outer.output, call.x)
+            and outer.x.shape[:-1] == outer.output.shape[:-1]
+            for outer, (call, f) in zip(calls, group, strict=True)
+        ):
+            return path
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _without_scale(value: Value) -> tuple[Value, float]:
+    """The value before multiplications by constants, and their product."""
+    scale = 1.0
+    while value.name == "mul" and len(value.args) == 2:
+        factor = value.args[1]
+        number = factor.constant if isinstance(factor, Value) else factor
+        if not isinstance(number, int | float) or not isinstance(value.args[0], Value):
+            break
+        value, scale = value.args[0], scale * number
+    return value, scale
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _same(value: Value, source: Value | None) -> bool:

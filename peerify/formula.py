@@ -8,7 +8,7 @@ z = act(up) or z = act(gate) * up. Neither needs the model's weights, so both wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -35,9 +35,12 @@ _UNTAGGED_POINTWISE = {"hardswish", "hardswish_"}
 # Between activation and down projection these make a layer *nearly* a feed-forward: named, never converted.
 _STATISTICS = {
     "native_layer_norm", "_fused_rms_norm", "rms_norm", "mean", "var", "var_mean", "std", "std_mean",
-    "linalg_vector_norm",
+    "linalg_vector_norm", "native_batch_norm", "batch_norm", "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit", "cudnn_batch_norm", "_batch_norm_no_update", "native_group_norm",
 }  # fmt: skip
 _ARITHMETIC = {"mul", "add", "sub", "rsub", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "square"}
+_CLAMPING = {"clamp", "clamp_min", "clamp_max", "hardtanh", "add", "sub", "rsub", "minimum", "maximum"}
+_SCALING = {"mul", "div"}
 _SELECTING = {"index", "index_select", "gather", "masked_select", "take_along_dim"}
 _CHOOSING = {"topk", "nonzero", "nonzero_numpy", "sort", "argsort", "argmax"}
 _LONGEST_CHAIN = 128
@@ -56,6 +59,10 @@ class Projection:
     step: int = 1
 
 
+Clamp = dict[str, float]
+"""What some gated layers do besides act(gate) * up: gate ≤ "gate", act(gate) ≤ "act", |up| ≤ "up", up + "shift"."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Formula:
     """z = act(up) if gate is None, else z = act(gate) * up; `reason` says what is in the way, if anything."""
@@ -68,6 +75,11 @@ class Formula:
     reason: str
     inner: frozenset[Value]
     """Everything computed from x on the way to z, z and the projections' outputs included."""
+    clamp: Clamp | None = None
+    scale: float = 1.0
+    """A constant that multiplies what enters the activation."""
+    learned: str = ""
+    """The module that holds the activation's own parameters, if it has any (xIELU)."""
 
 
 @dataclass
@@ -76,6 +88,10 @@ class _Chain:
     """Every value between the leaves and z, each after the values it is made of."""
     leaves: list[Value] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    learned: list[Value] = field(default_factory=list)
+    """Single numbers among the model's parameters and buffers: those of a learned activation."""
+    numbers: dict[Value, Tensor] = field(default_factory=dict)
+    """Stand-ins for them."""
 
 
 def read_formula(z: Value, known: dict[str, Any] | None = None) -> Formula | None:
@@ -101,12 +117,23 @@ def read_formula(z: Value, known: dict[str, Any] | None = None) -> Formula | Non
         known[signature] = _classify(chain)
     if known[signature] is None:
         return None
-    up, gate, activation, reason = known[signature]
+    up, gate, activation, reason, clamp, scale = known[signature]
+    owners = {value.path.rpartition(".")[0] for value in chain.learned}
 
     def located(part: tuple[int, int, int] | None) -> Any:
         return part and Projection(path=chain.leaves[part[0]].path, start=part[1], step=part[2])
 
-    return Formula(x=x, up=located(up), gate=located(gate), activation=activation, reason=reason, inner=inner)
+    return Formula(
+        x=x,
+        up=located(up),
+        gate=located(gate),
+        activation=activation,
+        reason=reason,
+        inner=inner,
+        clamp=clamp,
+        scale=scale,
+        learned=owners.pop() if owners else "",
+    )
 
 
 def without_reshape(value: Value) -> Value:
@@ -149,13 +176,16 @@ def _walk(z: Value) -> _Chain | None:
             if any(without_reshape(leaf.args[0]) is not x for leaf in chain.leaves):
                 return None
             chain.leaves.append(value)
+        elif value.kind == "parameter" and value.shape.numel() == 1:
+            chain.learned.append(value)
+            chain.order.append(value)
         elif value.kind == "parameter":
             chain.obstacles.append("learned parameters enter between its activation and its down projection")
         elif value.kind == "constant":
             chain.order.append(value)
         elif value.kind == "op":
             if _base(value) in _STATISTICS:
-                chain.obstacles.insert(0, "a norm lies between its activation and its down projection")
+                chain.obstacles.insert(0, "a norm lies between its linear layers")
             elif not (value.name in _RESHAPING | _FACTORIES or _pointwise(value)):
                 return None
             stack.append((value, True))
@@ -197,41 +227,111 @@ def _signature(chain: _Chain) -> str:
 
 
 Part = tuple[int, int, int]  # number of the leaf, first feature, step
+Found = tuple[Part, Part | None, str, str, Clamp | None, float]  # up, gate, activation, reason, clamp, scale
 
 
-def _classify(chain: _Chain) -> tuple[Part, Part | None, str, str] | None:
+def _classify(chain: _Chain) -> Found | None:
     parts = _parts(chain)
     if parts is None:
         return None
+    known = _activations()
+    if chain.learned:
+        known = _learned(chain)
+        if not known:
+            reason = "learned parameters enter between its activation and its down projection"
+            return parts[-1], None if len(parts) == 1 else parts[0], "unknown", reason, None, 1.0
     generator = torch.Generator().manual_seed(0)
     shape = chain.order[-1].shape if chain.order else chain.leaves[0].shape
     count = int(shape.numel())
-    # Both tails lie beyond the corners of clipped functions such as relu6 and gelu_10.
-    a = torch.linspace(-12, 12, count, dtype=torch.float64)
+    limits = _constants(chain, _CLAMPING)
+    # Both tails lie beyond the corners of clipped functions such as relu6 and gelu_10, and of clamps.
+    far = max([12.0, *(1.5 * limit for limit in limits if limit < 1000)])
+    a = torch.linspace(-far, far, count, dtype=torch.float64)
     a = a[torch.randperm(count, generator=generator)].reshape(shape)
-    b = torch.randn(shape, dtype=torch.float64, generator=generator)
+    b = a.flatten()[torch.randperm(count, generator=generator)].reshape(shape)
     one = torch.ones_like(a)
+    scales = [1.0, *_constants(chain, _SCALING)]
     if len(parts) == 1:
-        activation = _name_of(a, _replay(chain, parts, [a]))
-        if activation == "linear":
-            return None  # a low-rank linear map, not a feed-forward
-        if activation is None:
-            return parts[0], None, "unknown", "its activation is none of those that transformers knows"
-        return parts[0], None, activation, ""
+        act_a = _replay(chain, parts, [a])
+        for scale in scales:
+            activation = _name_of(scale * a, act_a, known)
+            if activation == "linear":
+                return None  # a low-rank linear map, not a feed-forward
+            if activation is not None:
+                return parts[0], None, activation, "", None, scale
+        return parts[0], None, "unknown", "its activation is none of those that transformers knows", None, 1.0
+    reason = "its gate and up projections are not combined as act(gate) * up"
     for up in (1, 0):
 
         def z(gate_value: Tensor, up_value: Tensor, up: int = up) -> Tensor:
             return _replay(chain, parts, [up_value, gate_value] if up == 0 else [gate_value, up_value])
 
-        act_a = z(a, one)
-        if _equal(z(a, 0 * one), 0 * one) and _equal(z(a, b), act_a * b):
-            activation = _name_of(a, act_a)
-            if activation is None:
-                reason = "the activation of its gate is none of those that transformers knows"
-                return parts[up], parts[1 - up], "unknown", reason
-            return parts[up], parts[1 - up], activation, ""
-    reason = "its gate and up projections are not combined as act(gate) * up"
-    return parts[1], parts[0], "unknown", reason
+        for clamp, up_b, up_one in _ups(b, one, limits):
+            act_a = z(a, one) / up_one
+            if not _equal(z(a, b), act_a * up_b):
+                continue
+            for scale in scales:
+                activation, more = _gate_of(scale * a, act_a, known, limits)
+                if activation is not None:
+                    return parts[up], parts[1 - up], activation, "", {**clamp, **more} or None, scale
+            reason = "the activation of its gate is none of those that transformers knows"
+    return parts[1], parts[0], "unknown", reason, None, 1.0
+
+
+def _ups(b: Tensor, one: Tensor, limits: list[float]) -> Iterator[tuple[Clamp, Tensor, Tensor]]:
+    """What may stand for up in act(gate) * up, for the values b and 1: up, clamped, shifted, or both."""
+    for shift in (0.0, *limits):
+        shifted = {"shift": shift} if shift else {}
+        yield shifted, b + shift, one + shift
+        for limit in limits:
+            clamp = {"up": limit, **shifted}
+            yield clamp, b.clamp(-limit, limit) + shift, one.clamp(-limit, limit) + shift
+
+
+def _gate_of(
+    a: Tensor, act_a: Tensor, known: Sequence[tuple[str, Callable[[Tensor], Tensor]]], limits: list[float]
+) -> tuple[str | None, Clamp]:
+    """Which activation of the gate a gives act_a, perhaps clamped before or after."""
+    activation = _name_of(a, act_a, known)
+    if activation is not None:
+        return activation, {}
+    for limit in limits:
+        activation = _name_of(a.clamp(max=limit), act_a, known)
+        if activation is not None:
+            return activation, {"gate": limit}
+        for name, function in known:
+            if _equal(function(a).clamp(max=limit), act_a):
+                return name, {"act": limit}
+    return None, {}
+
+
+def _constants(chain: _Chain, names: set[str]) -> list[float]:
+    """Numbers above 0 that operations of these names take: where they may clamp, what they may add or multiply."""
+    found: set[float] = set()
+    for value in chain.order:
+        if value.op is not None and _base(value) in names:
+            for thing in tree_flatten((value.args, value.kwargs))[0]:
+                number = thing.constant if isinstance(thing, Value) else thing
+                if isinstance(number, int | float) and number and number < 1e6:
+                    found.add(abs(float(number)))
+    return sorted(found)[:4]
+
+
+def _learned(chain: _Chain) -> tuple[tuple[str, Callable[[Tensor], Tensor]], ...]:
+    """The learned activation that owns the single parameters of the chain, with the numbers put in their place."""
+    owners = {value.path.rpartition(".")[0] for value in chain.learned}
+    names = {value.path.rpartition(".")[2]: value for value in chain.learned}
+    if len(owners) > 1:
+        return ()
+    for activation in sorted(_LEARNED):
+        module: Any = ACT2FN[activation].double().requires_grad_(False)
+        own = dict(module.named_parameters()) | dict(module.named_buffers())
+        if own.keys() >= names.keys():
+            for i, (name, value) in enumerate(names.items()):
+                own[name].add_(0.1 * i * own[name].abs())
+                chain.numbers[value] = own[name].reshape(value.shape)
+            return ((activation, module),)
+    return ()
 
 
 def _parts(chain: _Chain) -> list[Part] | None:
@@ -273,13 +373,14 @@ def _parts(chain: _Chain) -> list[Part] | None:
 
 def _replay(chain: _Chain, parts: list[Part], inputs: list[Tensor]) -> Tensor:
     """z for these numbers in place of the projections' outputs, by the recorded operations, in float64."""
-    values = {leaf: torch.zeros(leaf.shape, dtype=torch.float64) for leaf in chain.leaves}
+    values = {leaf: torch.zeros(leaf.shape, dtype=torch.float64) for leaf in chain.leaves} | chain.numbers
     for (number, start, step), given in zip(parts, inputs, strict=True):
         leaf = values[chain.leaves[number]]
         features = slice(start, start + step * (given.shape[-1] - 1) + 1, step)
         leaf.reshape(-1, leaf.shape[-1])[:, features] = given.reshape(-1, given.shape[-1])
     for value in chain.order:
-        values[value] = _apply(value, values)
+        if value not in chain.numbers:
+            values[value] = _apply(value, values)
     return values[(chain.order or chain.leaves)[-1]]
 
 
@@ -307,8 +408,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def _name_of(a: Tensor, act_a: Tensor) -> str | None:
-    for name, function in _activations():
+def _name_of(a: Tensor, act_a: Tensor, known: Sequence[tuple[str, Callable[[Tensor], Tensor]]]) -> str | None:
+    for name, function in known:
         if _equal(function(a), act_a):
             return name
     return None

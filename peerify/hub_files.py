@@ -23,7 +23,7 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise CheckpointError(f"{repo}: no such directory, and not a Hub id (user/name).") from error
+        raise CheckpointError(f"{repo}: no such directory, and not a Hub id (user/name)") from error
     try:
         config = hf_hub_download(repo, "config.json", revision=revision)
         folder = Path(config).parent
@@ -47,39 +47,39 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
                 hf_hub_download(repo, name, revision=commit)
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`."
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} has no revision {revision}.") from error
+        raise CheckpointError(f"{repo} has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repo}: no such directory, and no such model on the Hub (if it is private, log in with `hf auth login`)."
+            f"{repo}: no such directory, and no such model on the Hub (if it is private, log in with `hf auth login`)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise CheckpointError(_status(repo, error.__cause__)) from error
         raise CheckpointError(
-            f"{repo}{at}: no such directory, not in the local cache, and the Hub cannot be reached."
+            f"{repo}{at}: no such directory, not in the local cache, and the Hub cannot be reached"
         ) from error
     except errors.EntryNotFoundError as error:
         names = _list_files(repo, revision)
         if any(name.lower().endswith(".gguf") for name in names):
             raise CheckpointError(
-                f"{repo} holds GGUF files only: download one with `hf download {repo} FILE.gguf` and give its path."
+                f"{repo} holds GGUF files only: download one with `hf download {repo} FILE.gguf` and give its path"
             ) from error
-        raise CheckpointError(f"{repo}{at} has no config.json, so it is not a transformers model.") from error
+        raise CheckpointError(f"{repo}{at} has no config.json, so it is not a transformers model") from error
     except errors.HfHubHTTPError as error:
         raise CheckpointError(_status(repo, error)) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CheckpointError(f"{repo}: the disk of the Hub cache is full (see HF_HOME).") from error
+            raise CheckpointError(f"{repo}: the disk of the Hub cache is full (see HF_HOME)") from error
         raise CheckpointError(f"{repo}: could not be downloaded: {str(error).splitlines()[0]}") from error
     return folder, commit
 
 
 def _status(repo: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", "unknown")
-    return f"{repo}: the Hub answered with status {status}; try again later."
+    return f"{repo}: the Hub answered with status {status}; try again later"
 
 
 def _list_files(repo: str, revision: str | None) -> list[str]:

@@ -204,12 +204,15 @@ class ExpertPool(nn.Module):
         gate_bias: bool,
         num_shared: int,
         rerank: str | None,
+        clamp: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if rerank not in (None, "up", "gate") or (rerank == "gate" and not gated):
             raise ValueError(f"rerank must be None, 'up' or (for gated experts) 'gate', not {rerank!r}")
         self.num_shared, self.rerank = num_shared, rerank
         self.act = nn.Identity() if activation == "linear" else ACT2FN[activation]
+        self.act.to(torch.get_default_dtype())  # xIELU has parameters, in bfloat16
+        self.clamp = clamp or {}
         self.u = nn.Parameter(torch.empty(num_experts, d_model))
         self.v = nn.Parameter(torch.empty(num_experts, d_model))
         self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
@@ -296,12 +299,24 @@ class ExpertPool(nn.Module):
         return self.u, self.u_bias
 
     def _activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return self.act(u) if gate is None else self.act(gate) * u
+        return self.act(u) if gate is None else self._act(gate) * self._up(u)
+
+    def _act(self, gate: torch.Tensor) -> torch.Tensor:
+        """The activated gate projections, within their limits where the dense layer has any."""
+        if "gate" in self.clamp:
+            gate = gate.clamp(max=self.clamp["gate"])
+        a = self.act(gate)
+        return a.clamp(max=self.clamp["act"]) if "act" in self.clamp else a
+
+    def _up(self, u: torch.Tensor) -> torch.Tensor:
+        if "up" in self.clamp:
+            u = u.clamp(-self.clamp["up"], self.clamp["up"])
+        return u + self.clamp["shift"] if "shift" in self.clamp else u
 
     def _size(self, projected: torch.Tensor) -> torch.Tensor:
         """Size of the factor of a_i that the probing projection determines; no gradient: it only selects."""
         projected = projected.detach()
-        return (projected if self.rerank == "up" and self.gate is not None else self.act(projected)).abs()
+        return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
 
     def _spread(
         self,
@@ -347,6 +362,8 @@ class PEER(nn.Module):
         query_dim, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
         key_bias: a bias for each sub-key.
         rerank: None, "gate" or "up": see `ExpertPool`.
+        clamp: limits inside GLU experts, each optional: "gate" (gate projections at most this), "act" (their
+            activation at most this), "up" (up projections at most this in size), and "shift" (added to up then).
         d_ff: neurons of the dense layer this one replaces; for reporting only. Default: `num_experts`.
 
     Raises:
@@ -376,6 +393,7 @@ class PEER(nn.Module):
         query_norm: bool = False,
         key_bias: bool = False,
         rerank: str | None = None,
+        clamp: dict[str, float] | None = None,
         d_ff: int | None = None,
     ) -> None:
         super().__init__()
@@ -416,6 +434,7 @@ class PEER(nn.Module):
             gate_bias=gate_bias,
             num_shared=num_shared,
             rerank=rerank,
+            clamp=clamp,
         )
         self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
 
@@ -472,6 +491,11 @@ class PEER(nn.Module):
         return index_tc + self.num_shared, weight_tc
 
     @property
+    def weight(self) -> torch.Tensor:
+        """Empty, of the experts' number type and device: what an architecture may ask of the linear layer it had."""
+        return self.pool.u.detach().new_empty(0, 1)
+
+    @property
     def active_fraction(self) -> float:
         """Multiply-adds of the experts per token, as a share of the dense layer's (the router's not counted)."""
         factors = 2 if self.pool.gate is None else 3
@@ -497,6 +521,16 @@ class PEER(nn.Module):
         )
 
 
+class _Removed(nn.Identity):
+    """Where the second half of a feed-forward layer was that has no module of its own.
+
+    Some architectures initialise the weights of its linear layers from above, by name: they find empty ones.
+    """
+
+    weight = property(lambda self: torch.empty(0, 1))
+    bias = property(lambda self: torch.empty(0, 1))
+
+
 def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
     """Put PEER layers and identities where `peer` says. Idempotent; parts that this model class lacks are passed over.
 
@@ -511,14 +545,16 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
     prefix = model.base_model_prefix + "."
     found = 0
     for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
-        for candidate in (path, path.removeprefix(prefix), prefix + path):
+        # Heads of one architecture may hold the same base model under names of their own.
+        below = path.partition(".")[2]
+        for candidate in (path, path.removeprefix(prefix), prefix + path, below, prefix + below):
             try:
                 old = model.get_submodule(candidate)
             except AttributeError:
                 continue
             found += 1
             if not isinstance(old, PEER if new is not None else nn.Identity):
-                model.set_submodule(candidate, PEER(**new) if new is not None else nn.Identity())
+                model.set_submodule(candidate, PEER(**new) if new is not None else _Removed())
             break
     if peer["layers"] and not found:
         raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
@@ -536,7 +572,13 @@ class PeerModelMixin:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, PEER):
                 module.reset_parameters()
-        super().initialize_weights()  # type: ignore[misc]
+        # For classes from elsewhere, transformers leaves out modules without parameters of their own; but some
+        # architectures fill the buffers of their parts there (Falcon-H1).
+        self.is_custom_code = lambda: False
+        try:
+            super().initialize_weights()  # type: ignore[misc]
+        finally:
+            del self.is_custom_code
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -589,11 +631,11 @@ def __getattr__(name: str) -> type:
         members = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
         cls = globals()[name] = type(name, (PeerModelMixin, base), members)
         # transformers skips the renaming of checkpoint keys for classes that are not its own.
-        mapping = conversion_mapping.get_checkpoint_conversion_mapping(base_name)
-        if mapping is None:
-            mapping = conversion_mapping.get_checkpoint_conversion_mapping(dense_config.model_type)
-        if mapping is not None:
-            conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+        # Under the type where the original has it under the type: a model inside a model then counts once.
+        for dense_key, key in ((base_name, name), (dense_config.model_type, config_class.model_type)):
+            mapping = conversion_mapping.get_checkpoint_conversion_mapping(dense_key)
+            if mapping is not None:
+                conversion_mapping.register_checkpoint_conversion_mapping(key, mapping, overwrite=True)
     else:
         raise AttributeError(f"{base_name} is neither a configuration nor a model of transformers")
     return cls
@@ -604,7 +646,10 @@ def _register(config_class: type, base: type) -> None:
     transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
     autos = _auto_classes()
     for auto, model_name in _heads(base.model_type).items():  # type: ignore[attr-defined]
-        autos[auto].register(config_class, __getattr__("Peer" + model_name), exist_ok=True)  # type: ignore[attr-defined]
+        # Some Auto classes name a model for a type whose config it cannot take (the text part of a larger one).
+        if getattr(getattr(transformers, model_name, None), "config_class", None) is base:
+            model = globals().get("Peer" + model_name) or __getattr__("Peer" + model_name)
+            autos[auto].register(config_class, model, exist_ok=True)  # type: ignore[attr-defined]
 
 
 def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:

@@ -35,12 +35,12 @@ def atomic_folder(out: str | Path, *, overwrite: bool = False, expected_bytes: i
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(temporary).free
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
     try:
         if free < expected_bytes:
             raise OutputError(
                 f"{out} needs {expected_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-                "free some space or choose another place."
+                "free some space or choose another place"
             )
         yield temporary
         _flush(temporary)
@@ -52,7 +52,7 @@ def atomic_folder(out: str | Path, *, overwrite: bool = False, expected_bytes: i
             _remove_empty(target.parent, new_parent)
         reason = _write_failure(error, temporary)
         if reason:
-            raise OutputError(f"{out} could not be written: {reason}; nothing was changed there.") from error
+            raise OutputError(f"{out} could not be written: {reason}; nothing was changed there") from error
         raise
 
 
@@ -60,13 +60,13 @@ def _check_target(target: Path, out: str | Path, overwrite: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or target.is_symlink():
-        raise OutputError(f"{out} exists and is not a folder; choose another place.")
+        raise OutputError(f"{out} exists and is not a folder; choose another place")
     if not overwrite:
-        raise OutputError(f"{out} exists; choose another place, or pass --overwrite to replace it.")
+        raise OutputError(f"{out} exists; choose another place, or pass --overwrite to replace it")
     if any(target.iterdir()) and not (target / MARKER).exists():
         raise OutputError(
             f"{out} was not written by peerify (it has no {MARKER}), so --overwrite leaves it alone; "
-            "choose another place."
+            "choose another place"
         )
 
 

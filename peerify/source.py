@@ -62,18 +62,18 @@ def open_source(source: str | Path, *, revision: str | None = None, weights: boo
     text = str(source)
     path = Path(text).expanduser()
     if not text:
-        raise CheckpointError("The model's name is empty: there is no such model.")
+        raise CheckpointError("The model's name is empty: there is no such model")
     if path.is_dir():
         found = Source(path.resolve().name, None, path, config=_read_config(path, text))
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise CheckpointError(f"{text}: no such file.")
+            raise CheckpointError(f"{text}: no such file")
         _check_gguf(path)
         return Source(path.name, None, path.parent, gguf=path.name)
     elif path.exists():
-        raise CheckpointError(f"{text} is neither a model directory nor a .gguf file.")
+        raise CheckpointError(f"{text} is neither a model directory nor a .gguf file")
     elif isinstance(source, Path) or text.startswith(("/", "./", "../", "~")):
-        raise CheckpointError(f"{text}: no such file or directory.")
+        raise CheckpointError(f"{text}: no such file or directory")
     else:
         from peerify.hub_files import download
 
@@ -103,7 +103,7 @@ def check_weights(folder: Path, label: str) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{label}: the shard {name}, named in model.safetensors.index.json, is missing; "
-                "download the model again."
+                "download the model again"
             )
     tensors = {name: _safetensors_names(folder / name) for name in names}
     index = folder / "model.safetensors.index.json"
@@ -112,7 +112,7 @@ def check_weights(folder: Path, label: str) -> None:
             if tensor not in tensors[name]:
                 raise CheckpointError(
                     f"{folder / name} lacks the tensor {tensor} that model.safetensors.index.json "
-                    "places in it; download the model again."
+                    "places in it; download the model again"
                 )
 
 
@@ -121,15 +121,15 @@ def no_safetensors(label: str, names: Iterable[str]) -> str:
     names = sorted(names)
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs:
-        return f"{label} holds GGUF files; name one of them as the model, for example {label}/{ggufs[0]}."
+        return f"{label} holds GGUF files; name one of them as the model, for example {label}/{ggufs[0]}"
     pickles = [name for name in names if name.lower().endswith(PICKLES) and name != "training_args.bin"]
     if pickles:
         return (
             f"{label} holds its weights as {pickles[0]}, a format that can run code when it is opened; "
             "only .safetensors and .gguf are read, so save it once with "
-            "save_pretrained (safetensors is its default)."
+            "save_pretrained (safetensors is its default)"
         )
-    return f"{label} has no weights: neither model.safetensors nor model.safetensors.index.json is there."
+    return f"{label} has no weights: neither model.safetensors nor model.safetensors.index.json is there"
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:
@@ -139,19 +139,19 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
         if "adapter_config.json" in names:
             raise CheckpointError(
                 f"{label} is a PEFT adapter, not a model; merge it into its base first "
-                "(merge_and_unload, then save_pretrained)."
+                "(merge_and_unload, then save_pretrained)"
             )
         if any(name.lower().endswith(".gguf") for name in names):
             raise CheckpointError(no_safetensors(label, names))
-        raise CheckpointError(f"{label} has no config.json, so it is not a transformers model directory.")
+        raise CheckpointError(f"{label} has no config.json, so it is not a transformers model directory")
     config = _read_json(path)
     if not config.get("model_type"):
-        raise CheckpointError(f"{path} has no model_type, so transformers cannot tell its architecture.")
+        raise CheckpointError(f"{path} has no model_type, so transformers cannot tell its architecture")
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
         raise CheckpointError(
-            f"{label} is already quantized{f' ({method})' if method else ''}; give the unquantized model."
+            f"{label} is already quantized{f' ({method})' if method else ''}; give the unquantized model"
         )
     return config
 
@@ -160,21 +160,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; download it again.")
+        raise CheckpointError(f"{path} does not hold a JSON object; download it again")
     return value
 
 
 def _weight_map(index: Path, label: str) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again.")
+        raise CheckpointError(f"{index} has no weight_map; download it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names a shard outside its own folder ({name!r}).")
+            raise CheckpointError(f"{index} names a shard outside its own folder ({name!r})")
         if not name.endswith(".safetensors"):
             raise CheckpointError(no_safetensors(label, [name]))
     return weight_map
@@ -187,15 +187,15 @@ def _safetensors_names(path: Path) -> set[str]:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`.")
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
             if size >= 8 and length > MAX_HEADER:
-                raise CheckpointError(f"{path} is not a safetensors file, or its header is corrupt.")
+                raise CheckpointError(f"{path} is not a safetensors file, or its header is corrupt")
             if size < 8 + length:
-                raise CheckpointError(f"{path} is truncated: it ends inside its header; download it again.")
+                raise CheckpointError(f"{path} is truncated: it ends inside its header; download it again")
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -207,12 +207,12 @@ def _safetensors_names(path: Path) -> set[str]:
                 raise ValueError("offsets")
             end = max(end, stop)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a corrupt safetensors header; download it again.") from error
+        raise CheckpointError(f"{path} has a corrupt safetensors header; download it again") from error
     if size < 8 + length + end:
-        raise CheckpointError(f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; download it again.")
+        raise CheckpointError(f"{path} is truncated: {size:,} bytes of {8 + length + end:,}; download it again")
     if size > 8 + length + end:
         raise CheckpointError(
-            f"{path} is corrupt: {size:,} bytes where its header says {8 + length + end:,}; download it again."
+            f"{path} is corrupt: {size:,} bytes where its header says {8 + length + end:,}; download it again"
         )
     return set(header)
 
@@ -222,21 +222,21 @@ def _check_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path} is not a GGUF file: it does not start with GGUF.")
+                raise CheckpointError(f"{path} is not a GGUF file: it does not start with GGUF")
             values, end = _walk_gguf(file)
         size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} has a truncated or corrupt header; download it again.") from error
+        raise CheckpointError(f"{path} has a truncated or corrupt header; download it again") from error
     if size < end:
-        raise CheckpointError(f"{path} is truncated: {size:,} bytes of {end:,}; download it again.")
+        raise CheckpointError(f"{path} is truncated: {size:,} bytes of {end:,}; download it again")
     if "general.architecture" not in values:
-        raise CheckpointError(f"{path} does not say its architecture (general.architecture).")
+        raise CheckpointError(f"{path} does not say its architecture (general.architecture)")
     shards = values.get("split.count", 1)
     if shards > 1:
         raise CheckpointError(
-            f"{path} is one of {shards} parts of a model; join them first with `llama-gguf-split --merge`."
+            f"{path} is one of {shards} parts of a model; join them first with `llama-gguf-split --merge`"
         )
 
 

@@ -66,7 +66,7 @@ def shards(folder: Path) -> list[Path]:
 def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
     text = str(error.value)
     assert "\n" not in text
-    assert text.endswith(".")
+    assert not text.endswith(".")
     return text
 
 
@@ -112,9 +112,7 @@ def test_dtype_is_as_asked_and_auto_is_as_stored(tmp_path: Path, dtype: str) -> 
 
 
 def test_named_class_is_kept(tmp_path: Path) -> None:
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-    )
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     assert type(load_dense(tmp_path / "bert").model) is BertForMaskedLM
     assert type(load_skeleton(tmp_path / "bert")) is BertForMaskedLM
@@ -360,7 +358,7 @@ def test_wrong_options(dense: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no readable tokenizer"):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
         _ = load_dense(tmp_path).tokenizer
 
 

@@ -354,9 +354,7 @@ def routed(m: Any, x: Tensor) -> Tensor:
     return torch.zeros_like(flat).index_add(0, tokens, m.out(F.relu(m.fc(flat[tokens])))).view(x.shape)
 
 
-@pytest.mark.parametrize(
-    "formula", [attention, low_rank, low_rank_normed, two_inputs, written_through_a_view, routed]
-)
+@pytest.mark.parametrize("formula", [attention, low_rank, low_rank_normed, two_inputs, written_through_a_view, routed])
 def test_zoo_of_other_layers_is_not_reported(formula: Callable[[Any, Tensor], Tensor]) -> None:
     model = nn.Sequential(Block(Zoo(formula, fc=up(), out=down(), norm=nn.LayerNorm(D_FF)))).eval()
     x = torch.randn(2, 5, D)
@@ -407,9 +405,7 @@ NAMED = sorted(set(ACT2FN) - {"prelu", "xielu", "linear"})
 
 @settings(deadline=None, max_examples=40)
 @given(name=st.sampled_from(NAMED), gated=st.booleans(), swapped=st.booleans(), width=st.integers(1, 9))
-def test_any_activation_and_layout_reads_back_exactly(
-    name: str, gated: bool, swapped: bool, width: int
-) -> None:
+def test_any_activation_and_layout_reads_back_exactly(name: str, gated: bool, swapped: bool, width: int) -> None:
     def formula(m: Any, x: Tensor) -> Tensor:
         if not gated:
             return m.out(ACT2FN[name](m.fc(x)))

@@ -65,9 +65,7 @@ def test_unknown_name() -> None:
 
 
 def test_runs_as_a_module() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "peerify", "--version"], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-m", "peerify", "--version"], capture_output=True, text=True, check=True)
     import peerify
 
     assert peerify.__version__ in run.stdout

@@ -89,16 +89,12 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gemma3": _family("Gemma3ForCausalLM", "Gemma3TextConfig", **_ROPE, sliding_window=64),
     "phi3": _family("Phi3ForCausalLM", "Phi3Config", **_ROPE),
     "olmo2": _family("Olmo2ForCausalLM", "Olmo2Config", **_ROPE),
-    "gpt2": _family(
-        "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128
-    ),
+    "gpt2": _family("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "gpt_neox": _family("GPTNeoXForCausalLM", "GPTNeoXConfig", **_MHA),
     "opt": _family("OPTForCausalLM", "OPTConfig", **_OPT),
     "opt-square": _family("OPTForCausalLM", "OPTConfig", **{**_OPT, "ffn_dim": 32}),
     "falcon": _family("FalconForCausalLM", "FalconConfig", **_MHA, bias=True),
-    "bloom": _family(
-        "BloomForCausalLM", "BloomConfig", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4
-    ),
+    "bloom": _family("BloomForCausalLM", "BloomConfig", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
     "bert": _family("BertForMaskedLM", "BertConfig", **_MHA),
     "t5": _family("T5ForConditionalGeneration", "T5Config", **_T5),
     "t5-gated": _family(
@@ -136,16 +132,12 @@ ROUTED: dict[str, Callable[..., PreTrainedModel]] = {
 """Mixtures of experts. Mixtral has no dense feed-forward; Qwen2-MoE one in layer 0 and shared ones above."""
 
 
-def inputs_for(
-    model: PreTrainedModel, seed: int = 0, *, rows: int = 2, tokens: int = 12
-) -> dict[str, Tensor]:
+def inputs_for(model: PreTrainedModel, seed: int = 0, *, rows: int = 2, tokens: int = 12) -> dict[str, Tensor]:
     """Random inputs of the model: keyword arguments for its forward."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         c = model.config
-        return {
-            "pixel_values": torch.randn(rows, c.num_channels, c.image_size, c.image_size, generator=generator)
-        }
+        return {"pixel_values": torch.randn(rows, c.num_channels, c.image_size, c.image_size, generator=generator)}
 
     def ids() -> Tensor:
         return torch.randint(len(SPECIAL), VOCAB, (rows, tokens), generator=generator)
