@@ -29,6 +29,8 @@ _MATMUL_OPS = {
     "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "clone", "detach", "alias",
 }  # fmt: skip
 
+_ADAPTER_OPS = _MATMUL_OPS | {"mul", "_to_copy"}
+
 _MOST_NUMBERS = 2**20  # masks and positions of a trial forward are far below
 
 
@@ -102,6 +104,13 @@ class Trace:
     """By id of the parameter; its consumers are uses outside of projections."""
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module may compute x @ W + b: nn.Linear, Conv1D, or one of them with LoRA adapters around it."""
+    if hasattr(module, "get_delta_weight"):
+        module = module.base_layer  # type: ignore[assignment]
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -152,12 +161,20 @@ class _Recorder(TorchDispatchMode):
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         if not any(t.is_meta for t in tensors) and torch.device(kwargs.get("device") or "cpu").type != "meta":
             return func(*args, **kwargs)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta":  # x.cpu()
+            if not all(not t.is_meta or t in self.numbers for t in tensors):
+                raise _NeedsWeights
+            return func(*tree_map(self._number, args), **tree_map(self._number, kwargs))
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], self._positions(args[1]))
         needs_numbers = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if func is torch.ops.aten.index.Tensor and all(i is None or i.dtype != torch.bool for i in args[1]):
+            needs_numbers = set()
         known = all(not t.is_meta or t in self.numbers for t in tensors)
         result = None
         if not (known and needs_numbers):
             try:
-                result = func(*args, **kwargs)
+                result = func(*self._on_meta(args), **kwargs)
             except RuntimeError as error:  # NotImplementedError is one
                 if needs_numbers:
                     raise _NeedsWeights from error
@@ -168,18 +185,41 @@ class _Recorder(TorchDispatchMode):
                 self.numbers.pop(tensors[0], None)
             return result
 
-        def real(thing: Any) -> Any:
-            if isinstance(thing, Tensor):
-                return self.numbers[thing] if thing.is_meta else thing
-            return torch.device("cpu") if isinstance(thing, torch.device) else thing
-
-        numbers = func(*tree_map(real, args), **tree_map(real, kwargs))
+        numbers = func(*tree_map(self._number, args), **tree_map(self._number, kwargs))
         if result is None:
             result = tree_map(lambda n: n.to("meta") if isinstance(n, Tensor) else n, numbers)
         for out, number in zip(tree_flatten(result)[0], tree_flatten(numbers)[0], strict=True):
             if isinstance(out, Tensor) and out.is_meta:
                 self.numbers[out] = number
         return result
+
+    def _number(self, thing: Any) -> Any:
+        """The numbers of a tensor of which they are known; the CPU in place of any device."""
+        if isinstance(thing, Tensor):
+            return self.numbers[thing] if thing.is_meta else thing
+        return torch.device("cpu") if isinstance(thing, torch.device) else thing
+
+    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Indices of x[mask] as numbers in place of masks, where those are known: then the result's shape is, too."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            known = index is not None and (not index.is_meta or index in self.numbers)
+            if index is None or index.dtype != torch.bool or not known:
+                found.append(index)
+                continue
+            for places in self._number(index).nonzero(as_tuple=True):
+                moved = places.to("meta")
+                self.numbers[moved] = places
+                found.append(moved)
+        return found
+
+    @staticmethod
+    def _on_meta(args: Any) -> Any:
+        """Arguments of an operation that mixes devices, which real ones would not, all on the meta device."""
+        tensors = [a for a in tree_flatten(args)[0] if isinstance(a, Tensor)]
+        if not any(t.is_meta for t in tensors) or not any(not t.is_meta and t.dim() for t in tensors):
+            return args
+        return tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) and not a.is_meta and a.dim() else a, args)
 
     def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
         """An input of the model on the model's device; its numbers stay known if that is the meta device."""
@@ -224,7 +264,7 @@ class _Recorder(TorchDispatchMode):
         single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         call = Call(path, self.clock, self.clock, self._seen(args[0]) if single else None, None)
         self._open.append((call, self._projection))
-        if self._projection is None and single and isinstance(module, (nn.Linear, Conv1D)):
+        if self._projection is None and single and is_projection(module):
             self._projection = set()
 
     def leave(self, path: str, module: nn.Module, output: Any) -> None:
@@ -233,7 +273,8 @@ class _Recorder(TorchDispatchMode):
         self.clock += 1
         call.end = self.clock
         if outside is None and inside is not None and isinstance(output, Tensor):
-            kind = "projection" if inside <= _MATMUL_OPS else "other"
+            adapted = hasattr(module, "get_delta_weight")
+            kind = "projection" if inside <= (_ADAPTER_OPS if adapted else _MATMUL_OPS) else "other"
             value = Value(kind, output.shape, output.dtype, args=(call.x,), path=path)
             self._remember(output, value, [])
             if kind == "projection":
@@ -270,7 +311,7 @@ def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
     except _NeedsWeights as error:
         raise ConversionError(
             f"{type(model).__name__} decides by the values of its activations what to run, so its layers "
-            "cannot be found without its weights: load them"
+            "cannot be listed without its weights; `peerify convert` finds them"
         ) from error
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -124,7 +124,8 @@ def find_feedforwards(model: nn.Module, inputs: dict[str, Any] | None = None) ->
         for call, formula in group:
             for path in {formula.up.path, formula.gate.path if formula.gate else formula.up.path, call.path}:
                 uses[path] = uses.get(path, 0) + 1
-    sites = (_site(model, trace, group, uses) for group in groups.values())
+    deep = {f.up.path for group in groups.values() for _, f in group} & groups.keys()  # both ends of a layer
+    sites = (_site(model, trace, group, uses, deep) for group in groups.values())
     return [site for site in sites if site is not None]
 
 
@@ -218,6 +219,12 @@ def _rows(model: nn.Module, part: Projection, count: int) -> tuple[Tensor, Tenso
     """Weight rows, one per output feature, and biases of a part of a linear module."""
     module: Any = model.get_submodule(part.path)
     weight, bias = module.weight.detach(), module.bias
+    if hasattr(module, "get_delta_weight"):  # LoRA: what the adapters in use add belongs to the layer
+        if not weight.is_floating_point():
+            raise ConversionError(f"{part.path}.weight is quantized ({weight.dtype}): load the model dequantized")
+        extra = [] if module.merged or module.disable_adapters else module.active_adapters
+        weight = sum((module.get_delta_weight(name).detach() for name in extra if name in module.lora_A), weight)
+        module = module.base_layer
     if not weight.is_floating_point():
         raise ConversionError(f"{part.path}.weight is quantized ({weight.dtype}): load the model dequantized")
     if isinstance(module, Conv1D):
@@ -226,7 +233,9 @@ def _rows(model: nn.Module, part: Projection, count: int) -> tuple[Tensor, Tenso
     return weight[rows], None if bias is None else bias.detach()[rows]
 
 
-def _site(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], uses: dict[str, int]) -> Site | None:
+def _site(
+    model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], uses: dict[str, int], deep: set[str]
+) -> Site | None:
     """Judge one down projection and all its calls."""
     call, formula = group[0]
     up: Any = model.get_submodule(formula.up.path)
@@ -269,6 +278,8 @@ def _site(model: nn.Module, trace: Trace, group: list[tuple[Call, Formula]], use
         for _, f in group[1:]
     ):
         return changed(site, reason="its down projection also serves another layer")
+    if deep & {formula.up.path, call.path}:
+        return changed(site, reason="it is a part of a perceptron with more than two layers, as in a head")
     if any(len(trace.calls[path]) != uses[path] or _read_elsewhere(model, trace, path) for path in members):
         return changed(site, reason="its weights are also used outside of it")
     if any(_leaks(c, f) for c, f in group):

@@ -33,7 +33,9 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     Raises:
         PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
     """
+    tell = progress if progress is not None else lambda *_: None
     with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
+        tell(f"Loading {recipe.model}", 0, 1)
         dense = load_dense(
             recipe.model,
             revision=recipe.revision,
@@ -41,6 +43,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
             device=recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
+        tell(f"Loading {recipe.model}", 1, 1)
         if getattr(dense.model, "main_input_name", "input_ids") != "input_ids":
             raise ConversionError(
                 f"{recipe.model} reads {dense.model.main_input_name}, not text: "
@@ -54,11 +57,9 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
             progress=progress,
         )
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
-        if progress:
-            progress("Writing", 0, 1)
+        tell("Writing", 0, 1)
         write_model(folder, conversion, dense, recipe, windows_bt)
-        if progress:
-            progress("Writing", 1, 1)
+        tell("Writing", 1, 1)
     return {
         "output": recipe.output,
         "layers": list(conversion.layers),

@@ -44,6 +44,7 @@ _SCALING = {"mul", "div"}
 _SELECTING = {"index", "index_select", "gather", "masked_select", "take_along_dim"}
 _CHOOSING = {"topk", "nonzero", "nonzero_numpy", "sort", "argsort", "argmax"}
 _LONGEST_CHAIN = 128
+_FEWEST_POINTS = 256
 
 # In the order of preference among functions that are equal (gelu_new is gelu_pytorch_tanh, swish is silu).
 _PREFERRED = ("linear", "relu", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu2", "tanh", "sigmoid")
@@ -186,6 +187,8 @@ def _walk(z: Value) -> _Chain | None:
         elif value.kind == "op":
             if _base(value) in _STATISTICS:
                 chain.obstacles.insert(0, "a norm lies between its linear layers")
+            elif value.name == "convolution":
+                chain.obstacles.insert(0, "a convolution lies between its linear layers")
             elif not (value.name in _RESHAPING | _FACTORIES or _pointwise(value)):
                 return None
             stack.append((value, True))
@@ -242,17 +245,23 @@ def _classify(chain: _Chain) -> Found | None:
             return parts[-1], None if len(parts) == 1 else parts[0], "unknown", reason, None, 1.0
     generator = torch.Generator().manual_seed(0)
     shape = chain.order[-1].shape if chain.order else chain.leaves[0].shape
-    count = int(shape.numel())
     limits = _constants(chain, _CLAMPING)
     # Both tails lie beyond the corners of clipped functions such as relu6 and gelu_10, and of clamps.
     far = max([12.0, *(1.5 * limit for limit in limits if limit < 1000)])
-    a = torch.linspace(-far, far, count, dtype=torch.float64)
-    a = a[torch.randperm(count, generator=generator)].reshape(shape)
-    b = a.flatten()[torch.randperm(count, generator=generator)].reshape(shape)
+    # Several replays where one has too few numbers to tell functions apart.
+    rounds = -(-_FEWEST_POINTS // int(shape.numel()))
+    count = rounds * int(shape.numel())
+    a = torch.linspace(-far, far, count, dtype=torch.float64)[torch.randperm(count, generator=generator)]
+    b = a[torch.randperm(count, generator=generator)]
     one = torch.ones_like(a)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        parted = zip(*(x.reshape(rounds, *shape) for x in inputs), strict=True)
+        return torch.stack([_replay(chain, parts, list(given)) for given in parted]).flatten()
+
     scales = [1.0, *_constants(chain, _SCALING)]
     if len(parts) == 1:
-        act_a = _replay(chain, parts, [a])
+        act_a = replay(a)
         for scale in scales:
             activation = _name_of(scale * a, act_a, known)
             if activation == "linear":
@@ -264,7 +273,7 @@ def _classify(chain: _Chain) -> Found | None:
     for up in (1, 0):
 
         def z(gate_value: Tensor, up_value: Tensor, up: int = up) -> Tensor:
-            return _replay(chain, parts, [up_value, gate_value] if up == 0 else [gate_value, up_value])
+            return replay(up_value, gate_value) if up == 0 else replay(gate_value, up_value)
 
         for clamp, up_b, up_one in _ups(b, one, limits):
             act_a = z(a, one) / up_one
@@ -360,6 +369,8 @@ def _parts(chain: _Chain) -> list[Part] | None:
     parts = []
     for number, index in streams[z]:
         width = chain.leaves[number].shape[-1]
+        if not index.numel():
+            return None
         index = index.reshape(-1, z.shape[-1])
         features = index[0]
         step = int(features[1] - features[0]) if len(features) > 1 else 1

@@ -531,6 +531,14 @@ class _Removed(nn.Identity):
     bias = property(lambda self: torch.empty(0, 1))
 
 
+def _gone(layer: PEER, name: str) -> Any:
+    """`PEER.__getattr__` while weights are initialised."""
+    try:
+        return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        return _Removed()
+
+
 def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
     """Put PEER layers and identities where `peer` says. Idempotent; parts that this model class lacks are passed over.
 
@@ -565,6 +573,10 @@ class PeerModelMixin:
 
     def post_init(self) -> None:
         _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
+        for part in self.modules():  # type: ignore[attr-defined]
+            if part is not self and isinstance(part, PreTrainedModel) and hasattr(part, "all_tied_weights_keys"):
+                # It listed its tied weights when it still had the layers that are now replaced.
+                part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=False)
         super().post_init()  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
@@ -574,11 +586,13 @@ class PeerModelMixin:
                 module.reset_parameters()
         # For classes from elsewhere, transformers leaves out modules without parameters of their own; but some
         # architectures fill the buffers of their parts there (Falcon-H1).
+        # Others initialise the layers of a block by name (V-JEPA 2): what is gone lets everything be done to it.
         self.is_custom_code = lambda: False
+        PEER.__getattr__ = _gone  # type: ignore[assignment, method-assign]
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:
-            del self.is_custom_code
+            del self.is_custom_code, PEER.__getattr__
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -627,7 +641,7 @@ def __getattr__(name: str) -> type:
     elif issubclass(base, PreTrainedModel):
         dense_config: Any = base.config_class
         config_name = "Peer" + dense_config.__name__
-        config_class = globals().get(config_name) or __getattr__(config_name)
+        config_class: Any = globals().get(config_name) or __getattr__(config_name)
         members = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
         cls = globals()[name] = type(name, (PeerModelMixin, base), members)
         # transformers skips the renaming of checkpoint keys for classes that are not its own.

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 4_000_000  # of the (tokens, n) activations computed at a time
 KEPT_ELEMENTS = 250_000_000  # of them kept (1 GB) rather than computed again
 LARGEST_GRAM = 16_384  # experts; beyond it the n x n moments (1 GB) and their factorisation cost more than they bring
 # Towards the output vectors as they are, in units of an expert's own activation energy: the best on held-out tokens.
-SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0)
+SHRINKAGES = (0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 4  # one in so many tokens, the last ones
 
 

@@ -16,6 +16,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from peerify.conversion import exact_layer
 from peerify.errors import ConversionError
 from peerify.feedforward import (
     FeedForward,
@@ -273,6 +274,112 @@ def test_zoo_is_converted(name: str) -> None:
     assert relative_error(model(x), expected) < 1e-6
 
 
+def clamped(m: Any, x: Tensor) -> Tensor:
+    gate, value = m.fc(x).chunk(2, dim=-1)
+    return m.out(F.silu(gate.clamp(max=0.3)) * value.clamp(-0.5, 0.5))
+
+
+def clamped_after(m: Any, x: Tensor) -> Tensor:
+    gate, value = m.fc(x).chunk(2, dim=-1)
+    return m.out(F.silu(gate).clamp(max=0.2) * value.clamp(min=-0.4, max=0.4))
+
+
+def clamped_and_shifted(m: Any, x: Tensor) -> Tensor:
+    gate, value = m.fc(x).chunk(2, dim=-1)
+    gate, value = gate.clamp(max=0.6), value.clamp(-0.7, 0.7)
+    return m.out((value + 1.0) * (gate * torch.sigmoid(1.702 * gate)))
+
+
+def multiplied(m: Any, x: Tensor) -> Tensor:
+    gate, value = m.fc(x).chunk(2, dim=-1)
+    return m.out(value * F.silu(gate * 0.35)) * 0.8
+
+
+@pytest.mark.parametrize(
+    ("formula", "clamp", "scales"),
+    [
+        (clamped, {"gate": 0.3, "up": 0.5}, (1.0, 1.0)),
+        (clamped_after, {"act": 0.2, "up": 0.4}, (1.0, 1.0)),
+        (clamped_and_shifted, {"gate": 0.6, "up": 0.7, "shift": 1.0}, (1.0, 1.0)),
+        (multiplied, None, (0.35, 0.8)),
+    ],
+)
+def test_clamps_shifts_and_constant_factors_belong_to_the_layer(
+    formula: Callable[[Any, Tensor], Tensor], clamp: dict[str, float] | None, scales: tuple[float, float]
+) -> None:
+    model = nn.Sequential(Block(Zoo(formula, fc=fused(), out=down()))).eval()
+    x = 3 * torch.randn(2, 5, D)
+    (site,) = find_feedforwards(model, {"input": x})
+    assert site.convertible, site.reason
+    assert site.clamp == clamp
+    assert (site.inner_scale, site.outer_scale) == scales
+    expected = model(x)
+    layer, plan = exact_layer(read_feedforward(model, site), site)
+    assert plan.get("clamp") == clamp
+    replace_all(model, [site])
+    assert relative_error(model(x), expected) < 1e-6
+    replace(model, site, layer)
+    assert relative_error(model(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "relu2", "gelu_pytorch_tanh"])
+def test_two_neurons_and_one_token_are_enough_to_tell_the_activation(name: str) -> None:
+    layer = Zoo(lambda m, x: m.out(ACT2FN[name](m.fc(x))), fc=nn.Linear(D, 2), out=nn.Linear(2, D))
+    (site,) = find_feedforwards(nn.Sequential(Block(layer)).eval(), {"input": torch.randn(1, D)})
+    assert site.activation == name
+
+
+def test_a_learned_activation_goes_with_the_layer() -> None:
+    act = ACT2FN["xielu"].float()
+    with torch.no_grad():
+        for number in (*act.parameters(), *act.buffers()):
+            number.add_(0.3)
+    model = nn.Sequential(Block(Zoo(lambda m, x: m.out(m.act(m.fc(x))), fc=up(), act=act, out=down()))).eval()
+    x = torch.randn(2, 5, D)
+    (site,) = find_feedforwards(model, {"input": x})
+    assert (site.activation, site.learned, site.path, site.convertible) == ("xielu", "0.layer.act", "0.layer", True)
+    expected = model(x)
+    layer, _ = exact_layer(read_feedforward(model, site), site)
+    replace(model, site, layer)
+    assert relative_error(model(x), expected) < 1e-6
+
+
+def test_a_module_that_holds_up_and_activation_is_what_is_replaced() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = up()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.fc(x))
+
+    model = nn.Sequential(Zoo(lambda m, x: x + m.out(m.inner(x)), inner=Inner(), out=down())).eval()
+    x = torch.randn(2, 5, D)
+    (site,) = find_feedforwards(model, {"input": x})
+    assert (site.path, site.identities, site.convertible) == ("0.inner", ("0.out",), True)
+    expected = model(x)
+    replace_all(model, [site])
+    assert relative_error(model(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_lora_adapters_belong_to_the_layer_they_are_around(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = FAMILIES[family](seed=1)
+    before = logits(model, inputs_for(model, seed=2))
+    targets = {"llama": ["gate_proj", "down_proj", "q_proj"], "gpt2": ["c_fc", "c_proj"], "phi3": ["gate_up_proj"]}
+    options = peft.LoraConfig(
+        target_modules=targets[family], r=4, init_lora_weights=False, fan_in_fan_out=family == "gpt2"
+    )
+    peft.get_peft_model(model, options).eval()
+    adapted = logits(model, inputs_for(model, seed=2))
+    assert relative_error(adapted, before) > 1e-3
+    sites = find_feedforwards(model)
+    assert [site.convertible for site in sites] == [True] * EXPECTED[family][0]
+    replace_all(model, sites)
+    assert relative_error(logits(model, inputs_for(model, seed=2)), adapted) < 1e-5
+
+
 def normed(m: Any, x: Tensor) -> Tensor:
     return m.out(m.norm(F.silu(m.fc(x))))
 
@@ -281,9 +388,15 @@ def scaled(m: Any, x: Tensor) -> Tensor:
     return m.out(F.gelu(m.fc(x)) * m.norm.weight)
 
 
-def clamped(m: Any, x: Tensor) -> Tensor:
+def batch_normed(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x).flatten(0, 1)
+    h = F.batch_norm(h, m.norm.weight.abs(), m.norm.weight.abs(), m.norm.weight, m.norm.bias)
+    return m.out(F.relu(h)).view(x.shape)
+
+
+def both_activated(m: Any, x: Tensor) -> Tensor:
     gate, value = m.fc(x).chunk(2, dim=-1)
-    return m.out(F.silu(gate) * value.clamp(-1, 1))
+    return m.out(F.silu(gate) * torch.tanh(value))
 
 
 def odd_activation(m: Any, x: Tensor) -> Tensor:
@@ -306,7 +419,8 @@ def extra_argument(m: Any, x: Tensor) -> Tensor:
 NOT_CONVERTIBLE = {
     "norm": (normed, up, "a norm lies between"),
     "learned scale": (scaled, up, "learned parameters"),
-    "clamped up": (clamped, fused, "not combined as act"),
+    "batch norm": (batch_normed, up, "a norm lies between"),
+    "both activated": (both_activated, fused, "not combined as act"),
     "odd activation": (odd_activation, up, "none of those that transformers knows"),
     "hidden read elsewhere": (read_twice, up, "hidden activation is also used"),
     "weights used elsewhere": (weights_twice, up, "weights are also used"),
