@@ -122,10 +122,7 @@ def write_texts(text: Path | None) -> tuple[Path, Path]:
         from pydoc_data.topics import topics
 
         names = sorted(topics)
-        halves = [
-            [paragraph for name in names[part::2] for paragraph in topics[name].split("\n\n")]
-            for part in (0, 1)
-        ]
+        halves = [[paragraph for name in names[part::2] for paragraph in topics[name].split("\n\n")] for part in (0, 1)]
     calibration, test = FOLDER / "calibration.txt", FOLDER / "test.txt"
     seen = set(halves[0])
     calibration.write_text("\n\n".join(halves[0]) + "\n", encoding="utf-8")

@@ -145,7 +145,7 @@ def inspect(model: str, active: float, revision: str | None, trust_remote_code: 
       peerify inspect model.gguf --json
     """
     with _library(as_json) as progress:
-        from peerify.inspect import inspect_model
+        from peerify.inspection import inspect_model
 
         result = inspect_model(
             model, active=active, revision=revision, trust_remote_code=trust_remote_code, progress=progress
@@ -227,7 +227,7 @@ def convert(
 
         result = convert_checkpoint(recipe, progress=progress)
     from peerify import report
-    from peerify.inspect import converted_layers
+    from peerify.inspection import converted_layers
 
     report.print_json(result) if as_json else report.print_conversion(result, converted_layers(recipe.output))
 

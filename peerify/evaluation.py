@@ -14,7 +14,7 @@ from peerify.errors import CheckpointError, DataError, UsageError
 
 Progress = Callable[[str, int, int], None]
 
-STAGE = "Reading the test text"
+STAGE = "Evaluating"
 TOKENS_AT_ONCE = 128  # rows of the vocabulary softmax held in fp32; bounds memory, changes no result
 
 

@@ -84,14 +84,14 @@ def print_inspection(result: Mapping[str, Any]) -> None:
 def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
     """One row per converted layer, then where the model lies and what to do next."""
     console = _console()
-    table = _table("", "layer", ">experts", ">grid", ">heads × top-k", ">active", ">error")
-    for number, layer in enumerate(layers):
+    table = _table("layer", ">experts", ">grid", ">heads × top-k", ">active", ">error")
+    order = {path: i for i, path in enumerate(result["layers"])}  # as they run; config.json sorts them as text
+    for layer in sorted(layers, key=lambda layer: order[layer["path"]]):
         error = result["layer_errors"].get(layer["path"])
         topk = str(layer["topk"])
         if layer.get("candidates") and layer["candidates"] != layer["topk"]:
             topk = f"{topk} of {layer['candidates']}"
         table.add_row(
-            str(number),
             layer["path"],
             f"{layer['num_experts']:,}",
             "×".join(map(str, layer["grid"])),
@@ -126,10 +126,9 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     layers = result["layers"]
     if not layers:
         return
-    table = _table("", "layer", ">experts", ">active", ">used", ">KL from uniform")
-    for number, layer in enumerate(layers):
+    table = _table("layer", ">experts", ">active", ">used", ">KL from uniform")
+    for layer in layers:
         table.add_row(
-            str(number),
             layer["path"],
             f"{layer['num_experts']:,}",
             f"{layer['active']:.1%}",
@@ -138,7 +137,7 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         )
     mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("active", "usage", "kl_uniform")}
     table.add_section()
-    table.add_row("", "mean", "", f"{mean['active']:.1%}", f"{mean['usage']:.1%}", f"{mean['kl_uniform']:.3f}")
+    table.add_row("mean", "", f"{mean['active']:.1%}", f"{mean['usage']:.1%}", f"{mean['kl_uniform']:.3f}")
     console.print(table)
 
 

@@ -211,7 +211,7 @@ def test_convert_then_eval(here: Path) -> None:
     assert "out exists" in again.stderr
     for_people = run(*CONVERT, *argv, "--overwrite")
     assert for_people.exit_code == 0, for_people.stderr
-    assert re.search(r"1 +model\.layers\.2\.mlp +24 +\d+×\d+ +\d+ × \d+", for_people.stdout)
+    assert re.search(r"model\.layers\.2\.mlp +24 +\d+×\d+ +\d+ × \d+", for_people.stdout)
     assert "2 layers converted" in for_people.stdout
 
 
@@ -293,7 +293,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
     def raising(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("peerify.inspect.inspect_model", raising)
+    monkeypatch.setattr("peerify.inspection.inspect_model", raising)
     return run("inspect", "x")
 
 
@@ -334,7 +334,7 @@ def work(*_, **__):
     time.sleep(SECONDS)
     return {'feedforwards': ['x'] * 100000}
 peerify.cli._library = lambda as_json: contextlib.nullcontext()
-sys.modules['peerify.inspect'] = types.SimpleNamespace(inspect_model=work)
+sys.modules['peerify.inspection'] = types.SimpleNamespace(inspect_model=work)
 sys.argv[1:] = ['inspect', 'x', '--json']
 peerify.cli.main()
 """

@@ -62,18 +62,24 @@ def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
         "topk": 18,
         "candidates": 36,
     }
-    layers = [layer | {"active": 0.5}, layer | {"path": "b.mlp", "candidates": None, "active": 1.0}]
+    # as config.json has them: sorted as text
+    layers = [
+        layer | {"path": "a.10.mlp", "candidates": None, "active": 1.0},
+        layer | {"path": "a.9.mlp", "active": 0.5},
+    ]
     result = {
+        "layers": ["a.9.mlp", "a.10.mlp"],
         "output": "OUT",
         "active_fraction": 0.75,
         "router_fraction": 0.098,
         "seconds": 61.4,
         "peak_rss_mb": 1234.5,
     }
-    report.print_conversion(result | {"layer_errors": {"a.mlp": 0.01234}}, layers)
+    report.print_conversion(result | {"layer_errors": {"a.9.mlp": 0.01234}}, layers)
     out = capsys.readouterr().out
-    assert re.search(r"0 +a\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +0\.0123", out)
-    assert re.search(r"1 +b\.mlp +1,536 +6×8 +32 × 18 +100\.0% +–", out)
+    first = r"a\.9\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +0\.0123"
+    second = r"a\.10\.mlp +1,536 +6×8 +32 × 18 +100\.0% +–"
+    assert re.search(rf"{first}\s+{second}", out), "in the order in which they run"
     assert "2 layers converted, 75.0% of their compute active (and 9.8% for the router), in 61 s" in out
     assert "next: peerify eval OUT" in out
 
