@@ -15,8 +15,8 @@ CITATION = """@article{he2024mixture,
 }"""
 
 
-def model_card(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """README.md of the folder, from peerify.json's content and the layers' arguments."""
+def model_card(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], auto_class: str) -> str:
+    """README.md of the folder, from peerify.json's content, the layers' arguments and the Auto class that loads it."""
     source = record["source"]["model"]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["peer", "peerify", "custom_code"]}
     if "/" in source:  # a Hub id; a local folder has no address to link to
@@ -39,9 +39,9 @@ The experts spend {record["active_fraction"]:.1%} of the dense layers' multiply-
 {record["router_fraction"]:.1%}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", trust_remote_code=True)
+model = {auto_class}.from_pretrained("PATH_OR_ID", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 ```
 

@@ -24,6 +24,10 @@ from peerify.output import MARKER
 from peerify.recipe import Recipe
 
 
+# Several Auto classes load the same class; the card shows the one that people know.
+USUAL_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+
+
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """Load the dense model, convert it and write the result to `recipe.output`, whole or not at all.
 
@@ -96,7 +100,11 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
         "layer_errors": conversion.layer_errors,
     }
     (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(record, conversion.layers), encoding="utf-8")
+    config: Any = conversion.model.config
+    name = type(conversion.model).__name__
+    loaders = [auto for auto, reference in config.auto_map.items() if reference.endswith(f".{name}")]
+    auto_class = next((auto for auto in USUAL_LOADERS if auto in loaders), loaders[0])
+    (folder / "README.md").write_text(model_card(record, conversion.layers, auto_class), encoding="utf-8")
 
 
 def _public(spec: str) -> str:
