@@ -23,7 +23,6 @@ from peerify.errors import ConversionError
 from peerify.output import MARKER
 from peerify.recipe import Recipe
 
-
 # Several Auto classes load the same class; the card shows the one that people know.
 USUAL_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 

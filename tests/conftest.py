@@ -1,9 +1,10 @@
-"""What every test gets: two threads, fresh seeds that are printed, no network, a home of its own."""
+"""What every test gets: one thread, fresh seeds that are printed, no network, a home of its own."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# Where the tests run in the background of a script, Ctrl-C is ignored, and their subprocesses would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

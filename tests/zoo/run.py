@@ -34,7 +34,7 @@ from transformers import CONFIG_MAPPING  # noqa: E402
 
 RESULTS = HERE.parents[1] / ".zoo" / "results.json"
 MEMORY = 10 * 2**30
-SECONDS = 60
+SECONDS = 240
 
 
 def _child(model_type: str, pipe: Any) -> None:
