@@ -573,10 +573,14 @@ class PeerModelMixin:
 
     def post_init(self) -> None:
         _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
-        for part in self.modules():  # type: ignore[attr-defined]
-            if part is not self and isinstance(part, PreTrainedModel) and hasattr(part, "all_tied_weights_keys"):
-                # It listed its tied weights when it still had the layers that are now replaced.
+        # The models inside listed their tied weights when they still had the layers that are now replaced. Innermost
+        # first: each list holds those of the children.
+        for part in reversed([*self.modules()][1:]):  # type: ignore[attr-defined]
+            if isinstance(part, PreTrainedModel) and hasattr(part, "all_tied_weights_keys"):
                 part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=False)
+                for name, child in part.named_children():
+                    tied = getattr(child, "all_tied_weights_keys", None) or {}
+                    part.all_tied_weights_keys.update({f"{name}.{k}": f"{name}.{v}" for k, v in tied.items()})
         super().post_init()  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
