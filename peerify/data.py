@@ -117,6 +117,28 @@ def load_windows(
     return torch.cat(parts)
 
 
+def check_windows(windows_bt: torch.Tensor, model: Any) -> None:
+    """Whether `model` can read these windows of token ids.
+
+    Raises:
+        UsageError: they are longer than the model's positions.
+        DataError: they hold ids that the model has no embedding for.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and windows_bt.shape[1] > positions:
+        raise UsageError(
+            f"a context of {windows_bt.shape[1]} tokens is longer than the model's {positions} positions: "
+            f"use --context {positions} or less"
+        )
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and windows_bt.numel() and int(windows_bt.max()) >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {int(windows_bt.max())} and the model knows {vocabulary}: "
+            "the two do not belong together; put the model's own tokenizer files beside its weights"
+        )
+
+
 def _pieces(spec: str) -> Iterator[str]:
     path = Path(spec).expanduser()
     if path.is_dir():

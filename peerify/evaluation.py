@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerify.errors import CheckpointError, DataError, UsageError
+from peerify.data import check_windows
+from peerify.errors import CheckpointError, DataError
 
 Progress = Callable[[str, int, int], None]
 
@@ -165,12 +166,7 @@ def _check(model: Any, windows_bt: torch.Tensor) -> None:
         raise CheckpointError(
             f"perplexity is defined for causal language models, and {type(model).__name__} is not one"
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and windows_bt.shape[1] > positions:
-        raise UsageError(
-            f"a context of {windows_bt.shape[1]} tokens is longer than the model's {positions} positions: "
-            f"use --context {positions} or less"
-        )
+    check_windows(windows_bt, model)
 
 
 def _device(model: Any) -> torch.device:

@@ -18,7 +18,7 @@ import peerify
 from peerify.card import model_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense
 from peerify.conversion import Conversion, Progress, convert
-from peerify.data import load_windows
+from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError
 from peerify.output import MARKER
 from peerify.recipe import Recipe
@@ -59,6 +59,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
             max_tokens=recipe.calibration.tokens,
             progress=progress,
         )
+        check_windows(windows_bt, dense.model)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)
         write_model(folder, conversion, dense, recipe, windows_bt)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_text, text_file, tiny_tokenizer
+from checkpoints import random_text, text_file, tiny_model, tiny_tokenizer
 
-from peerify.data import load_windows, read_text, tokenize
+from peerify.data import check_windows, load_windows, read_text, tokenize
 from peerify.errors import DataError, UsageError
 
 
@@ -172,3 +172,14 @@ def test_load_windows_names_the_text_at_fault(tmp_path: Path) -> None:
         load_windows([str(good), str(short)], tiny_tokenizer(), context=10, max_tokens=19)
     with pytest.raises(UsageError, match="no text was given"):
         load_windows([], tiny_tokenizer())
+
+
+def test_windows_that_the_model_cannot_read() -> None:
+    model = tiny_model("llama")
+    config = model.config
+    check_windows(torch.tensor([[0, config.vocab_size - 1]]), model)
+    with pytest.raises(DataError, match=f"token {config.vocab_size} and the model knows {config.vocab_size}"):
+        check_windows(torch.tensor([[0, config.vocab_size]]), model)
+    too_long = torch.zeros(1, config.max_position_embeddings + 1, dtype=torch.long)
+    with pytest.raises(UsageError, match="use --context"):
+        check_windows(too_long, model)
