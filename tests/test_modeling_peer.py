@@ -402,17 +402,22 @@ def test_float32_is_float64(gates: str, seed: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
     options = {"d_model": 16, "num_experts": 60, "grid": (7, 8), "num_heads": 2, "topk": 5, "gates": gates}
-    options |= {"num_shared": 4, "query_dim": 8, "query_norm": True, "gated": True, "rerank": "up", "output_bias": True}
-    layer = make(seed, **options, candidates=5 if gates == "softmax" else 9)
-    x_td = normals(tokens, 16, seed=seed + 1)
+    options |= {"num_shared": 4, "query_dim": 8, "query_norm": True, "gated": True, "output_bias": True}
+    layer = make(seed, **options)
     half = copy.deepcopy(layer).bfloat16()
-    with torch.no_grad():  # selections differ here and there, what is common to both makes the answers alike
-        half_td, full_td = half(x_td.bfloat16()).double(), layer(x_td)
-    assert F.cosine_similarity(half_td.flatten(), full_td.flatten(), dim=0) > 0.9
+    x_td = normals(tokens, 16, seed=seed + 1).bfloat16()
+    with torch.no_grad():
+        half_td = half(x_td)
+        # Rounding may change what is retrieved, never what is then computed of it.
+        weight_tn = half.pool.weights(x_td, *half._retrieve(x_td), half.topk).double()
+        pool, x_td = layer.pool, x_td.double()
+        assert pool.gate is not None
+        a_tn = pool.act(F.linear(x_td, pool.gate, pool.gate_bias)) * F.linear(x_td, pool.u, pool.u_bias)
+        expected_td = (a_tn * weight_tn) @ pool.v + layer.bias
+    assert half_td.dtype == torch.bfloat16
+    assert (half_td.double() - expected_td).norm() <= 0.05 * expected_td.norm()
     half.train()
-    y_td = half(x_td.bfloat16())
-    assert y_td.dtype == torch.bfloat16
-    y_td.float().pow(2).sum().backward()
+    half(x_td.bfloat16()).float().pow(2).sum().backward()
     for name, parameter in half.named_parameters():
         if gates != "unit" or not name.startswith("keys."):
             assert parameter.grad is not None, name
