@@ -19,6 +19,7 @@ from checkpoints import text_file, tiny_checkpoint, tiny_model
 from click.testing import CliRunner, Result
 
 from peerify import cli, errors
+from peerify.cli.convert import PROMOTED
 from peerify.recipe import valid_keys
 
 COMMANDS = cli.cli.commands
@@ -49,7 +50,7 @@ def run(*argv: str) -> Result:
 
 
 def spawn(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    package = Path(cli.__file__).parents[1]
+    package = Path(cli.__file__).parents[2]
     settings = os.environ | {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.Popen(
         [sys.executable, *argv],
@@ -93,7 +94,7 @@ def test_json_and_debug_are_everywhere() -> None:
 
 
 def test_promoted_flags_are_keys_of_the_recipe() -> None:
-    assert set(cli.PROMOTED.values()) <= set(valid_keys())
+    assert set(PROMOTED.values()) <= set(valid_keys())
 
 
 def test_help_starts_without_torch() -> None:
@@ -328,12 +329,12 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> No
 
 # The command line without torch: what inspect does is `work`, and its results are long.
 LIGHT = """
-import contextlib, sys, time, types, peerify.cli
+import contextlib, sys, time, types, peerify.cli, peerify.cli.inspect
 def work(*_, **__):
     print('ready', file=sys.stderr, flush=True)
     time.sleep(SECONDS)
     return {'feedforwards': ['x'] * 100000}
-peerify.cli._library = lambda as_json: contextlib.nullcontext()
+peerify.cli.inspect.library = lambda as_json: contextlib.nullcontext()
 sys.modules['peerify.inspection'] = types.SimpleNamespace(inspect_model=work)
 sys.argv[1:] = ['inspect', 'x', '--json']
 peerify.cli.main()
@@ -441,9 +442,9 @@ def test_every_promoted_flag_arrives_at_its_key(here: Path, recipes: list[Any]) 
     argv = ["--topk", "3", "--candidates", "4", "--calibration", "t.txt"]
     assert run("convert", "m", "o", "--json", *argv).exit_code == 0
     assert (recipes[1].convert.topk, recipes[1].convert.candidates) == (3, 4)
-    assert values.keys() | {"--topk", "--candidates"} == cli.PROMOTED.keys()
+    assert values.keys() | {"--topk", "--candidates"} == PROMOTED.keys()
     for flag, (_, value) in values.items():
         found = recipes[0]
-        for name in cli.PROMOTED[flag].split("."):
+        for name in PROMOTED[flag].split("."):
             found = getattr(found, name)
         assert found == value, flag

@@ -1,0 +1,106 @@
+"""What all commands share: the one place where errors become messages, common options, progress."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TypeVar
+
+import click
+
+from peerify import __version__
+from peerify.errors import PeerifyError
+from peerify.recipe import describe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Boundary(click.Group):
+    """Turns errors into one sentence on stderr and an exit code; tracebacks need --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit 2 for wrong use, 130 when interrupted, 1 for anything else that failed."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a reader that went away can still be handled
+            return result
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except PeerifyError as error:
+            message, code, trace = str(error), error.exit_code, traceback.format_exc()
+        except KeyboardInterrupt:
+            trace = traceback.format_exc()
+            output = ctx.meta.get("peerify.output")
+            message, code = f"interrupted; {output} left as it was" if output else "interrupted", 130
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+            code, trace = 1, traceback.format_exc()
+        if ctx.meta.get("peerify.debug"):
+            click.echo(trace, err=True, nl=False)
+        click.echo(f"peerify: {message}", err=True)
+        ctx.exit(code)
+
+
+def common(command: Command) -> Command:
+    """The options every command has."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta["peerify.debug"] = value
+
+    command = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show tracebacks and library messages.",
+    )(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(command)
+
+
+def loading(command: Command) -> Command:
+    """The options of the commands that load models without a recipe."""
+    command = click.option("--trust-remote-code", is_flag=True, help=describe("trust_remote_code"))(command)
+    return click.option("--revision", metavar="REV", help=describe("revision"))(command)
+
+
+@click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="peerify")
+def cli() -> None:
+    """Turn a dense Hugging Face model into a PEER model.
+
+    Each neuron becomes an expert of its own, and product keys retrieve the few that matter for a token.
+
+    MODEL is a Hub id, a directory or a .gguf file.
+
+    \b
+    Examples:
+      peerify inspect HuggingFaceTB/SmolLM2-135M
+      peerify convert HuggingFaceTB/SmolLM2-135M smol-peer --calibration calibration.txt
+      peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt
+    """
+
+
+@contextmanager
+def library(as_json: bool) -> Iterator[Any]:
+    """Run library code: prints go to stderr, chatter is muted unless --debug; yields a progress callable."""
+    from peerify.report import progress_on_stderr
+
+    debug = click.get_current_context().meta.get("peerify.debug")
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr), progress_on_stderr() as progress:
+        if sys.stderr.isatty():  # a log does not need to know
+            progress("Starting", 0, 1)
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging
+
+        if not debug:
+            warnings.simplefilter("ignore")
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        yield progress

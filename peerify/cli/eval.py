@@ -1,0 +1,53 @@
+"""`peerify eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peerify.cli.base import cli, common, library, loading
+from peerify.recipe import describe
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option(
+    "--data",
+    required=True,
+    metavar="TEXT",
+    help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split).",
+)
+@click.option("--against", metavar="DENSE", help="The dense model to compare with.")
+@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Use only the first N tokens of the text.", metavar="N")
+@click.option("--batch-size", type=click.IntRange(min=1), default=2, show_default=True, help="Windows run at once.")
+@click.option("--device", default="cpu", show_default=True, help=describe("device"))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Number type to compute in.",
+)
+@loading
+@common
+def evaluate(model: str, as_json: bool, **settings: Any) -> None:
+    """Measure the perplexity of MODEL, dense or converted, and how its experts are used.
+
+    With --against, also how far it is from the dense model: ratio of perplexities and KL divergence. The
+    text is tokenised once, cut into windows that do not overlap, and tokens 2…n of each are predicted.
+
+    \b
+    Examples:
+      peerify eval smol-peer --data test.txt
+      peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --max-tokens 16384
+      peerify eval gpt2 --data wikitext:wikitext-2-raw-v1:test --json
+    """
+    with library(as_json) as progress:
+        from peerify.evaluation import evaluate_checkpoint
+
+        result = evaluate_checkpoint(model, progress=progress, **settings)
+    from peerify import report
+
+    report.print_json(result) if as_json else report.print_evaluation(result)
