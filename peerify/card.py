@@ -1,59 +1,229 @@
-"""The model card of a converted model."""
+"""The model card of a converted model: README.md, made from peerify.json and config.json."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from peerify import frontmatter
+from peerify.output import MARKER
+
+PLACEHOLDER = "PATH_OR_ID"
+# Several Auto classes load the same class; the card shows the one that people know, with what it is used for.
+USUAL_LOADERS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": None,
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "feature-extraction",
+}
+CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source model's card
+TEXT_FILES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 CITATION = """@article{he2024mixture,
-  title={Mixture of A Million Experts},
-  author={He, Xu Owen},
-  journal={arXiv preprint arXiv:2407.04153},
-  year={2024}
+  title   = {Mixture of A Million Experts},
+  author  = {He, Xu Owen},
+  journal = {arXiv preprint arXiv:2407.04153},
+  year    = {2024}
 }"""
 
 
-def model_card(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], auto_class: str) -> str:
-    """README.md of the folder, from peerify.json's content, the layers' arguments and the Auto class that loads it."""
-    source = record["source"]["model"]
-    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["peer", "peerify", "custom_code"]}
-    if "/" in source:  # a Hub id; a local folder has no address to link to
-        metadata["base_model"] = source
-    texts = ", ".join(record["recipe"]["calibration"]["data"])
-    rows = "\n".join(
-        f"| `{path}` | {layer['num_experts']} | {layer['num_heads']} x ({layer['grid'][0]} x {layer['grid'][1]}) "
-        f"| {layer['num_heads'] * layer['topk']} of {layer['num_heads'] * layer['candidates']} "
-        f"| {record['layer_errors'][path]:.4f} |"
-        for path, layer in layers.items()
-    )
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
-# {source.split("/")[-1]} with PEER layers
+def write_card(folder: Path) -> None:
+    """Write README.md of a converted model, or write its generated part anew; what people edited in it stays."""
+    (folder / "README.md").write_text(frontmatter.render(fresh_card(folder)), encoding="utf-8")
 
-{len(layers)} dense feed-forward layers of {source} were replaced by PEER layers (product-key retrieval over
-single-neuron experts, [arXiv 2407.04153](https://arxiv.org/abs/2407.04153)) with peerify {record["peerify"]}.
-The experts spend {record["active_fraction"]:.1%} of the dense layers' multiply-adds per token, retrieving them another
-{record["router_fraction"]:.1%}.
 
-```python
-from transformers import {auto_class}, AutoTokenizer
+def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:
+    """The card as peerify would write it now, with the edits found in the folder's README.md.
 
-model = {auto_class}.from_pretrained("PATH_OR_ID", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
-```
+    Args:
+        folder: holds peerify.json, config.json and possibly README.md.
+        name: what the code in the card loads.
 
-The conversion is training-free: closed-form, from {record["calibration"]["tokens"]} tokens of {texts}. Expect a loss of
-quality against the dense model; `peerify eval` measures it.
+    Raises:
+        PublishError: the YAML in README.md cannot be read.
+    """
+    record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "README.md"
+    old = frontmatter.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else frontmatter.Card()
+    source = record["source"]
+    title = f"# {(source.get('base_model') or source['model']).split('/')[-1]} with PEER layers"
+    return frontmatter.regenerate(old, metadata(record, config), title, _block(record, config, name))
 
-| layer | experts | heads x grid | evaluated of retrieved | output error |
-|---|---|---|---|---|
-{rows}
 
-## Citation
-```bibtex
-{CITATION}
-```
-"""
+def record_results(folder: Path, result: Mapping[str, Any]) -> None:
+    """Note what `peerify eval --json` said in peerify.json, in place of an older result on the same text, and card."""
+    path = folder / MARKER
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: result[key] for key in ("data", "context", "tokens", "perplexity", "against") if key in result}
+    if kept.get("against"):
+        model = str(kept["against"].get("model"))
+        is_path = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
+        kept["against"] = {**kept["against"], "model": Path(model).name if is_path else model}
+
+    def task(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row.get("data"), row.get("context"), row["tokens"], (row.get("against") or {}).get("model")
+
+    rows = [row for row in record.get("evaluation", []) if task(row) != task(kept)]
+    record["evaluation"] = [*rows, kept]
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+    write_card(folder)
+
+
+def loader(config: Mapping[str, Any]) -> str:
+    """Name of the Auto class that loads the model which `config` (config.json) describes."""
+    name = (config.get("architectures") or [""])[0]
+    loaders = [auto for auto, reference in config["auto_map"].items() if reference.endswith(f".{name}")]
+    return next((auto for auto in USUAL_LOADERS if auto in loaders), loaders[0] if loaders else "AutoModel")
+
+
+def metadata(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML of the card."""
+    source, training = record["source"], record.get("training") or {}
+    tag = USUAL_LOADERS.get(loader(config))
+    values = {key: source.get(key) for key in CARRIED_OVER}
+    names = [*record["recipe"]["calibration"]["data"], *_texts(training)]
+    datasets = [name.split(":")[0] for name in names if not name.lower().endswith(TEXT_FILES)]
+    values |= {
+        "library_name": "transformers",
+        "pipeline_tag": values["pipeline_tag"] or tag,
+        "base_model": source.get("base_model"),
+        "base_model_relation": "finetune" if source.get("base_model") else None,
+        "tags": ["peer", "peerify", "custom_code"],
+        "datasets": list(dict.fromkeys(datasets)) or None,
+        "model-index": _model_index(record) or None,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _model_index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": row["data"], "type": row["data"].split(":")[0]},
+            "metrics": [
+                {
+                    "type": "perplexity",
+                    "name": f"perplexity, first {row['tokens']:,} tokens in windows of {row.get('context', 512)}",
+                    "value": round(row["perplexity"], 4),
+                }
+            ],
+        }
+        for row in record.get("evaluation", [])
+        if row.get("data") and row.get("perplexity") is not None
+    ]
+    return [{"name": f"{record['source']['model'].split('/')[-1]}-peer", "results": results}] if results else []
+
+
+def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str) -> str:
+    """The generated part of the card."""
+    source, layers = record["source"], config["peer"]["layers"]
+    base = source.get("base_model")
+    origin = f"[{base}](https://huggingface.co/{base})" if base else source["model"]
+    if source.get("revision"):
+        origin += f" at {source['revision'][:12]}"
+    licence = source.get("license_name") or source.get("license")
+    auto = loader(config)
+    parts = [
+        f"{len(layers)} dense feed-forward layers of {origin} were replaced by PEER layers: each neuron is an expert "
+        "of its own, and product keys retrieve the few hundred that matter for a token "
+        "([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)). "
+        f"The experts spend {record['active_fraction']:.1%} of the dense layers' multiply-adds per token, "
+        f"retrieving them another {record['router_fraction']:.1%}.",
+        "## How to load it",
+        f"""```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```""",
+        "The code is `modeling_peer.py` beside the weights; it needs torch and transformers 5.17 or newer.",
+        "## Base model and licence",
+        f"Base model: {origin}. "
+        + (f"This model stays under its licence, {licence}." if licence else "This model stays under its licence."),
+        "## Results",
+        _results(record),
+        "## How it was converted",
+        f"By peerify {record['peerify']}, training-free and in closed form, from "
+        f"{record['calibration']['tokens']:,} tokens of {_listed(record['recipe']['calibration']['data'])}. "
+        "*Output error* is how far a layer's output is from the dense layer's on that text, relative to its size.",
+        _layers(record, layers),
+        "## Healing",
+        _healing(record.get("training")),
+        "## Limits",
+        "- The PyTorch code computes every expert and masks, so it is exact but no faster than the dense layer.\n"
+        "- Quality on text unlike the calibration text is lower than the table shows.\n"
+        "- What the base model should not be used for, this one should not be used for either.\n"
+        "- It cannot be written as GGUF: llama.cpp has no PEER layer.",
+        "## Environment",
+        ", ".join(f"{key} {value}" for key, value in {"peerify": record["peerify"], **record["versions"]}.items()),
+        "<details><summary>Recipe</summary>",
+        f"```yaml\n{yaml.safe_dump(record['recipe'], sort_keys=False, allow_unicode=True).strip()}\n```",
+        "</details>",
+        "## Citation",
+        f"```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(parts)
+
+
+def _results(record: Mapping[str, Any]) -> str:
+    rows = record.get("evaluation", [])
+    if not rows:
+        return (
+            "Not measured yet. Expect a loss of quality against the dense model: "
+            "`peerify eval MODEL --against DENSE --data TEXT` tells how much."
+        )
+    table = ["| text | tokens | perplexity | dense base | ratio | KL from dense |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        against = row.get("against") or {}
+        cells = [
+            row.get("data") or "–",
+            f"{row['tokens']:,}",
+            f"{row['perplexity']:.2f}",
+            f"{against['perplexity']:.2f}" if against else "–",
+            f"{against['ratio']:.3f} ×" if against else "–",
+            f"{against['kl']:.4f}" if against.get("kl") is not None else "–",
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    table = ["| layer | experts | heads × grid | evaluated of retrieved | output error |", "|---|---|---|---|---|"]
+    order = {path: i for i, path in enumerate(record["layer_errors"])}  # as they run; config.json sorts them as text
+    for path in sorted(layers, key=lambda path: order.get(path, len(order))):
+        layer = layers[path]
+        heads, topk = layer["num_heads"], layer["topk"]
+        error = record["layer_errors"].get(path)
+        table.append(
+            f"| `{path}` | {layer['num_experts']} | {heads} × ({layer['grid'][0]} × {layer['grid'][1]}) "
+            f"| {heads * topk} of {heads * (layer.get('candidates') or topk)} "
+            f"| {'–' if error is None else f'{error:.4f}'} |"
+        )
+    return "\n".join(table)
+
+
+def _healing(training: Mapping[str, Any] | None) -> str:
+    """Continued training, from the record's "training": {"recipe", "tokens", "steps"}, or {"steps", "unfinished"}."""
+    if not training:
+        return "None: no weight was trained after the conversion."
+    if training.get("unfinished"):
+        return f"This is a checkpoint at step {training['steps']:,} of a training run that goes on."
+    said = f"Trained on {training['tokens']:,} tokens of {_listed(_texts(training))} in {training['steps']:,} steps."
+    settings = yaml.safe_dump(training["recipe"], sort_keys=False, allow_unicode=True).strip()
+    return f"{said}\n\n<details><summary>Settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
+
+
+def _texts(training: Mapping[str, Any]) -> list[str]:
+    """The training texts, as published: file names and Hub datasets."""
+    return [source["path"] for source in training.get("recipe", {}).get("data", {}).get("sources", [])]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "text that was not named"

@@ -32,3 +32,11 @@ class DataError(PeerifyError):
 
 class OutputError(PeerifyError):
     """The output folder cannot be written."""
+
+
+class PublishError(PeerifyError):
+    """The model could not be published, or did not arrive as it was sent."""
+
+
+class TrainingError(PeerifyError):
+    """Training cannot go on as the recipe says."""

@@ -15,16 +15,14 @@ import transformers
 from torch import Tensor
 
 import peerify
-from peerify.card import model_card
+from peerify.card import write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense
 from peerify.conversion import Conversion, Progress, convert
 from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError
 from peerify.output import MARKER
+from peerify.provenance import provenance
 from peerify.recipe import Recipe
-
-# Several Auto classes load the same class; the card shows the one that people know.
-USUAL_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -78,8 +76,9 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
 def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe: Recipe, windows_bt: Tensor) -> None:
     """All files of a converted model. The same conversion writes the same bytes: no dates, no local paths."""
     dense.save_processor(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     conversion.model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)  # type: ignore[operator]
-    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device"})
+    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "hub"})
     resolved["model"] = dense.source
     resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
     record = {
@@ -89,7 +88,7 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
             "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__,
         },
-        "source": {"model": dense.source, "revision": dense.revision},
+        "source": provenance(dense),
         "recipe": resolved,
         "calibration": {
             "tokens": windows_bt.numel(),
@@ -98,13 +97,10 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
         "active_fraction": conversion.active_fraction,
         "router_fraction": conversion.router_fraction,
         "layer_errors": conversion.layer_errors,
+        "files": files,  # of the source model, beside the weights
     }
     (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    config: Any = conversion.model.config
-    name = type(conversion.model).__name__
-    loaders = [auto for auto, reference in config.auto_map.items() if reference.endswith(f".{name}")]
-    auto_class = next((auto for auto in USUAL_LOADERS if auto in loaders), loaders[0])
-    (folder / "README.md").write_text(model_card(record, conversion.layers, auto_class), encoding="utf-8")
+    write_card(folder)
 
 
 def _public(spec: str) -> str:

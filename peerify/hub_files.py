@@ -28,7 +28,8 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
         config = hf_hub_download(repo, "config.json", revision=revision)
         folder = Path(config).parent
         commit = folder.name  # every call below uses the commit, so a push meanwhile changes nothing
-        patterns = [*PROCESSOR_FILES, *(["*.py"] if code else [])]
+        # The card tells licence and language, which a converted model takes over.
+        patterns = [*PROCESSOR_FILES, "README.md", *(["*.py"] if code else [])]
         with suppress(errors.LocalEntryNotFoundError):  # offline: whatever the cache holds must do
             snapshot_download(repo, revision=commit, allow_patterns=patterns, ignore_patterns=["*.bin"])
         if weights:

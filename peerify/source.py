@@ -240,6 +240,13 @@ def _check_gguf(path: Path) -> None:
         )
 
 
+def gguf_metadata(path: Path) -> dict[str, Any]:
+    """The key-value pairs in the header of a sound GGUF file, arrays left out."""
+    with path.open("rb") as file:
+        file.seek(4)  # the magic
+        return _walk_gguf(file)[0]
+
+
 def _walk_gguf(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """Metadata (arrays left out) and the size in bytes that the header promises.
 

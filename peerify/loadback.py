@@ -1,0 +1,78 @@
+"""Load a model as a stranger would, in a fresh process without peerify, and compare what it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from peerify.errors import PublishError
+from peerify.hub_calls import redact
+
+
+def load_locally(folder: Path, scratch: Path) -> None:
+    """Load the folder and keep what the model answers in `scratch`, for `load_back`.
+
+    Raises PublishError: it does not load, or has weights that are not finite.
+    """
+    said = _run(scratch, "local", source=str(folder.resolve()), offline=True)
+    if said.get("error"):
+        raise PublishError(f"{folder} does not load without peerify: {said['error']}; nothing was sent")
+
+
+def load_back(repo: str, revision: str, commit: str, scratch: Path, *, tokenizer: bool) -> None:
+    """Load `revision` of `repo` from the Hub into an empty cache; it must be `commit`, and answer as the folder did.
+
+    Raises PublishError, saying what differs.
+    """
+    said = _run(scratch, "hub", source=repo, revision=revision, reference=str(scratch / "local"), tokenizer=tokenizer)
+    pushed = f"{repo} was pushed as commit {commit[:12]}, but "
+    if said.get("error"):
+        reason = redact(said["error"])
+        full = "File too large" in reason or "No space left" in reason or "Disk quota" in reason
+        why = f"the disk at {scratch.parent} is full" if full else reason
+        raise PublishError(f"{pushed}could not be loaded back: {why}; push again to repeat the check")
+    loaded = {path.name for path in (scratch / "hub").glob("models--*/snapshots/*")}
+    if loaded != {commit}:
+        names = ", ".join(sorted(name[:12] for name in loaded)) or "none"
+        raise PublishError(f"{pushed}the Hub gave commit {names} for {revision}; push again")
+    if said["differs"]:
+        raise PublishError(f"{pushed}is not what was sent: {said['differs']}; do not use it, and push again")
+
+
+def _run(scratch: Path, name: str, *, offline: bool = False, **job: Any) -> dict[str, Any]:
+    """Have stranger.py do `job` and return what it wrote down."""
+    empty = scratch / "empty"
+    empty.mkdir(exist_ok=True)
+    defaults = {"revision": None, "reference": None, "tokenizer": False}
+    settings = defaults | job | {"out": str(scratch / name)}
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(scratch / "hub"),
+        "HF_XET_CACHE": str(scratch / "xet"),
+        "HF_MODULES_CACHE": str(scratch / f"modules-{name}"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+        "TRANSFORMERS_OFFLINE": "1" if offline else "0",
+    }
+    code = (resources.files("peerify") / "stranger.py").read_text(encoding="utf-8")
+    # -c and an empty working directory: no path leads to peerify's files, and an import of it is refused besides.
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(settings)],
+        cwd=empty,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    try:
+        result: dict[str, Any] = json.loads((scratch / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        last = run.stderr.strip().splitlines()[-1:] or [f"it ended with code {run.returncode}"]
+        result = {"error": last[0]}
+    return result

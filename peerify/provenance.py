@@ -1,0 +1,53 @@
+"""Where a dense model comes from and under which licence: what a publisher of its conversion has to say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerify import frontmatter
+from peerify.card import CARRIED_OVER
+from peerify.errors import PeerifyError
+from peerify.source import gguf_metadata
+
+if TYPE_CHECKING:
+    from peerify.checkpoint import DenseModel
+
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")
+_HUB_URL = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+?)(?:\.git|/)?")
+
+
+def provenance(dense: DenseModel) -> dict[str, Any]:
+    """What is known of the source model, for peerify.json.
+
+    ``{"model", "revision"}``, and as far as its card, its GGUF header or its place in the Hub's cache tell:
+    "base_model" (the Hub id of the dense model), "license", "license_name", "license_link", "language", "pipeline_tag".
+    """
+    found: dict[str, Any] = {"model": dense.source, "revision": dense.revision}
+    if dense.gguf and dense.files:
+        return found | _from_gguf(dense.files / dense.gguf)
+    if dense.revision:
+        found["base_model"] = dense.source
+    elif dense.files and (cached := _CACHED.search(dense.files.resolve().as_posix())):
+        found |= {"base_model": f"{cached[1]}/{cached[2]}", "model": cached[2], "revision": cached[3]}
+    return found | _from_card(dense.files / "README.md" if dense.files else None)
+
+
+def _from_card(path: Path | None) -> dict[str, Any]:
+    try:
+        metadata = frontmatter.parse(path.read_text(encoding="utf-8")).metadata if path else {}
+    except (OSError, UnicodeDecodeError, PeerifyError):  # no card, or one that nobody could read: nothing is known
+        metadata = {}
+    return {key: metadata[key] for key in CARRIED_OVER if metadata.get(key)}
+
+
+def _from_gguf(path: Path) -> dict[str, Any]:
+    values = gguf_metadata(path)
+    found = {key: values.get(f"general.{key.replace('_', '.')}") for key in ("license", "license_name", "license_link")}
+    for key in ("general.repo_url", "general.source.repo_url", "general.source.url"):
+        match = _HUB_URL.fullmatch(str(values.get(key) or ""))
+        if match:
+            found["base_model"] = match[1]
+            break
+    return {key: value for key, value in found.items() if value}
