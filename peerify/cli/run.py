@@ -1,0 +1,40 @@
+"""`peerify run`."""
+
+from __future__ import annotations
+
+import click
+
+from peerify.cli.base import cli, common, library
+from peerify.recipe import Recipe
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set any key of the recipe, such as convert.active=0.25 or train.tokens=2000000; repeatable.",
+)
+@click.option("--overwrite", is_flag=True, help="Begin anew and replace earlier results of this recipe.")
+@common
+def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
+    """Do all of RECIPE: convert, train, evaluate, and publish where it has a `hub:` section.
+
+    What is done already is not done again: the same command goes on where it was stopped, in the middle of
+    training from the newest checkpoint.
+
+    \b
+    Examples:
+      peerify run recipes/smollm2-135m/demo.yaml
+      peerify run recipe.yaml --set train.tokens=1000000 --set hub.repo=ada/smol-peer
+    """
+    loaded = Recipe.load(recipe, overrides)
+    with library(as_json) as progress:
+        from peerify.pipeline import run_recipe
+
+        result = run_recipe(loaded, overwrite=overwrite, progress=progress)
+    from peerify import report
+
+    report.print_json(result) if as_json else report.print_run(result)

@@ -1,0 +1,53 @@
+"""`peerify train`."""
+
+from __future__ import annotations
+
+import click
+
+from peerify.cli.base import cli, common, library
+from peerify.recipe import Recipe
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set any key of the recipe, such as train.tokens=2000000 or train.stages.0.optimizer.lr=1e-4; repeatable.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this recipe's run.")
+@click.option("--overwrite", is_flag=True, help="Start anew where an earlier run or result lies, and replace it.")
+@click.option("--dry-run", is_flag=True, help="Print what would train, and what that takes; train nothing.")
+@common
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+    """Train the converted model of RECIPE further, towards the dense model it came from.
+
+    The model is the recipe's `output`, the dense teacher its `model`; `train:` says on which text, with which
+    losses, and what trains. Checkpoints, the log and curves go to the folder OUTPUT-run. Ctrl-C writes a
+    checkpoint and ends the run; --resume goes on with it as if nothing had happened.
+
+    \b
+    Examples:
+      peerify train recipe.yaml --dry-run
+      peerify train recipe.yaml --set train.tokens=1000000
+      peerify train recipe.yaml --resume
+      accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m peerify train recipe.yaml
+    """
+    loaded = Recipe.load(recipe, overrides)
+    from peerify import report
+
+    if dry_run:
+        with library(as_json) as progress:
+            from peerify.training.plan import plan_training
+
+            plan = plan_training(loaded, progress=progress)
+        report.print_json(plan) if as_json else report.print_training_plan(plan)
+        return
+    with library(as_json) as progress:
+        from peerify.training.train import train_checkpoint
+
+        result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)
+    if result is not None:  # the main process
+        report.print_json(result) if as_json else report.print_training(result)

@@ -1,0 +1,191 @@
+"""A whole recipe: convert, train, evaluate, publish; a stage that is done is not done again.
+
+What was done is noted in the file `<output>.run.json` after every stage, with a fingerprint of what the stage was
+asked for. A run that stopped in training goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peerify.errors import OutputError, UsageError
+from peerify.output import MARKER
+from peerify.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+STAGES = ("convert", "train", "eval", "push")
+
+
+def run_recipe(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Do what is left to do of `recipe`: convert always, train, eval and push where the recipe has a section for them.
+
+    eval measures on train.evaluation.test (or data), against the dense model, and notes the result in the model's card.
+
+    Args:
+        overwrite: begin anew, and replace earlier results.
+
+    Returns:
+        ``{"output", "done": [stages], "skipped": [stages done before], "stopped": stage or None, stage: result}``.
+
+    Raises:
+        PeerifyError: see the stages; OutputError where an earlier result was made by another recipe.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("run works in one process: convert first, then launch `peerify train` in several")
+    done: list[str] = []
+    skipped: list[str] = []
+    results: dict[str, Any] = {}
+    notes = _Notes(Path(f"{recipe.output.rstrip('/')}.run.json").expanduser(), fresh=overwrite)
+    work: dict[str, Callable[[], Mapping[str, Any]]] = {"convert": lambda: _convert(recipe, overwrite, progress)}
+    final = recipe.output
+    asked: dict[str, Any] = {"convert": _asked_of_conversion(recipe)}
+    if recipe.train is not None:
+        from peerify.training.train import output_of
+
+        final = output_of(recipe)
+        work["train"] = lambda: _train(recipe, overwrite, progress)
+        asked["train"] = [
+            asked["convert"],
+            recipe.train.model_dump(mode="json", exclude={"loggers", "log_every", "checkpoints"}),
+        ]
+        if _test_text(recipe) is not None:
+            work["eval"] = lambda: _evaluate(recipe, final, progress)
+            asked["eval"] = asked["train"]
+    if recipe.hub is not None:
+        work["push"] = lambda: _push(recipe, final, progress)
+        asked["push"] = [asked["train" if recipe.train else "convert"], recipe.hub.model_dump(mode="json")]
+    stopped = None
+    for stage, act in work.items():
+        fingerprint = _fingerprint(asked[stage])
+        where = {"convert": recipe.output, "train": final}.get(stage)
+        if not done and notes.holds(stage, fingerprint) and (where is None or _exists(where)):
+            results[stage] = notes.result(stage)
+            skipped.append(stage)
+            continue
+        if stage == "convert" and not overwrite and _exists(recipe.output):
+            _refuse_another(recipe)  # converted by hand, or before the note of it was written
+            skipped.append(stage)
+            continue
+        results[stage] = dict(act())
+        if results[stage].get("stopped"):
+            stopped = stage
+            break
+        notes.add(stage, fingerprint, results[stage])
+        done.append(stage)
+    return {"output": final, "done": done, "skipped": skipped, "stopped": stopped, **results}
+
+
+class _Notes:
+    """The file that says which stages are done."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path
+        self._stages: dict[str, Any] = {}
+        if path.exists() and not fresh:
+            try:
+                self._stages = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                raise OutputError(f"{path} cannot be read: remove it, and what is done will be found out") from None
+
+    def holds(self, stage: str, fingerprint: str) -> bool:
+        """Whether `stage` was done, and asked for the same."""
+        return bool(self._stages.get(stage, {}).get("fingerprint") == fingerprint)
+
+    def result(self, stage: str) -> Any:
+        """What `stage` returned."""
+        return self._stages[stage]["result"]
+
+    def add(self, stage: str, fingerprint: str, result: Mapping[str, Any]) -> None:
+        """Note a stage, and forget those after it, which were done with an older result."""
+        later = STAGES[STAGES.index(stage) + 1 :]
+        self._stages = {name: note for name, note in self._stages.items() if name not in later}
+        self._stages[stage] = {"fingerprint": fingerprint, "result": result}
+        beside = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            beside.write_text(json.dumps(self._stages, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+
+
+def _exists(folder: str) -> bool:
+    return (Path(folder).expanduser() / MARKER).exists()
+
+
+def _fingerprint(asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _asked_of_conversion(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(
+        mode="json", include={"model", "output", "revision", "convert", "calibration", "dtype", "max_shard_size"}
+    )
+
+
+def _refuse_another(recipe: Recipe) -> None:
+    """Whether the folder that is there was converted as the recipe says."""
+    record = json.loads((Path(recipe.output).expanduser() / MARKER).read_text(encoding="utf-8"))
+    asked = recipe.model_dump(mode="json")["convert"]
+    made = record.get("recipe", {}).get("convert")
+    if made != asked:
+        key = next((key for key in asked if (made or {}).get(key) != asked[key]), "")
+        raise OutputError(
+            f"{recipe.output} was converted with another convert.{key}: restore it, name another output, or pass "
+            "--overwrite to begin anew"
+        )
+
+
+def _convert(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
+    from peerify.folder import convert_checkpoint
+
+    if not recipe.calibration.sources:
+        raise UsageError("the recipe has no calibration.data: name a .txt file or a Hub dataset to convert with")
+    return convert_checkpoint(recipe.model_copy(update={"overwrite": overwrite or recipe.overwrite}), progress=progress)
+
+
+def _train(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
+    from peerify.training.state import Checkpoints
+    from peerify.training.train import output_of, train_checkpoint
+
+    begun = not overwrite and Checkpoints(Path(f"{output_of(recipe)}-run").expanduser(), 1).latest() is not None
+    result = train_checkpoint(recipe, resume=begun, overwrite=overwrite, progress=progress)
+    assert result is not None
+    return result
+
+
+def _test_text(recipe: Recipe) -> str | None:
+    return (recipe.train.evaluation.test or recipe.train.evaluation.data) if recipe.train is not None else None
+
+
+def _evaluate(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[str, Any]:
+    from peerify.card import record_results
+    from peerify.evaluation import evaluate_checkpoint
+
+    data = _test_text(recipe)
+    assert recipe.train is not None
+    assert data is not None
+    result = evaluate_checkpoint(
+        final,
+        data=data,
+        against=recipe.model,
+        context=recipe.train.data.context,
+        max_tokens=recipe.train.evaluation.tokens,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    record_results(Path(final).expanduser(), result)
+    return result
+
+
+def _push(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[str, Any]:
+    from peerify.publishing import push
+
+    assert recipe.hub is not None
+    settings = recipe.hub.model_dump(exclude={"repo", "every"})
+    return push(final, recipe.hub.repo, **settings, progress=progress)

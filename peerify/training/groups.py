@@ -1,0 +1,131 @@
+"""What trains: which parameters, in which groups, and adapters on the rest.
+
+Expert tables are embeddings rather than layers: a step of AdamW also moves rows that no token used, and decay would
+pull them to zero, so they have a group of their own without decay, as does the router.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from torch import nn
+
+from peerify.errors import UsageError
+from peerify.training.config import StageConfig
+from peerify.training.routing import peer_layers
+
+EXPERTS, ROUTER, DECAYED, REST = "experts", "router", "decayed", "rest"
+
+
+def kind(name: str, parameter: nn.Parameter, peer_paths: set[str]) -> str:
+    """The group of a parameter, by its name in the model."""
+    path = next((path for path in peer_paths if name.startswith(path + ".")), None)
+    if path is not None:
+        return ROUTER if name.startswith(path + ".keys.") else EXPERTS
+    return DECAYED if parameter.dim() >= 2 else REST
+
+
+def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
+    """Groups for an optimizer, of what requires gradients: {"name", "params", "names", "lr", "weight_decay"}."""
+    paths = set(peer_layers(model))
+    optimizer = stage.optimizer
+    scale = {EXPERTS: optimizer.experts_scale, ROUTER: optimizer.router_scale}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = kind(name, parameter, paths)
+        entry = groups.setdefault(
+            group,
+            {
+                "name": group,
+                "params": [],
+                "names": [],
+                "lr": optimizer.lr * scale.get(group, 1.0),
+                "weight_decay": optimizer.weight_decay if group == DECAYED else 0.0,
+            },
+        )
+        entry["params"].append(parameter)
+        entry["names"].append(name)
+    return [groups[name] for name in (EXPERTS, ROUTER, DECAYED, REST) if name in groups]
+
+
+def require_peer(model: nn.Module) -> dict[str, Any]:
+    """The PEER layers; UsageError where there is none."""
+    layers = peer_layers(model)
+    if not layers:
+        raise UsageError(
+            "the model to train has no PEER layer: convert it first (peerify convert), or name the converted folder "
+            "as `output`"
+        )
+    return layers
+
+
+def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
+    """Set `requires_grad` of everything as the stage asks; returns the model, wrapped in adapters for peer+lora.
+
+    Raises:
+        UsageError: there is no PEER layer, or no linear layer for adapters.
+    """
+    layers = require_peer(model)
+    if stage.train == "peer+lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and not any(name.startswith(path + ".") for path in layers)
+            and module is not model.get_output_embeddings()  # type: ignore[operator]
+        ]
+        if not targets:
+            raise UsageError("train: peer+lora finds no linear layer outside PEER: set train: peer or full")
+        lora = LoraConfig(
+            r=stage.lora.rank, lora_alpha=stage.lora.alpha, lora_dropout=stage.lora.dropout, target_modules=targets
+        )
+        model = get_peft_model(model, lora)  # type: ignore[arg-type, assignment]
+    paths = set(peer_layers(model))
+    for name, parameter in model.named_parameters():
+        group = kind(name, parameter, paths)
+        trains = group in (EXPERTS, ROUTER) or stage.train in ("full", "lisa") or ".lora_" in name
+        if group == ROUTER and stage.optimizer.router_scale == 0:
+            trains = False
+        if group == EXPERTS and (stage.optimizer.experts_scale == 0 or ".rerank_" in name):
+            trains = False  # what re-ranks is never reached by a gradient
+        parameter.requires_grad_(trains)
+    return model
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer blocks: all elements of the outermost ModuleLists in which there are PEER layers."""
+    lists: dict[str, None] = {}
+    for path in peer_layers(model):
+        parts = path.split(".")
+        for i in range(1, len(parts)):
+            if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+                lists[".".join(parts[:i])] = None
+                break
+    return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+
+
+def lisa_blocks(model: nn.Module, stage: StageConfig, step: int, seed: int) -> list[str]:
+    """The blocks that train in full at `step` of the stage: a draw that depends on nothing else."""
+    everything = blocks(model)
+    draw = random.Random(f"{seed} {step // stage.lisa.every}")
+    return sorted(draw.sample(everything, min(stage.lisa.blocks, len(everything))))
+
+
+def apply_lisa(model: nn.Module, open_blocks: list[str]) -> set[str]:
+    """Let only `open_blocks` train besides PEER, embeddings and head; returns the names of what does not train."""
+    paths, closed = set(peer_layers(model)), set()
+    every = blocks(model)
+    for name, parameter in model.named_parameters():
+        if kind(name, parameter, paths) in (EXPERTS, ROUTER):
+            continue  # PEER always trains
+        inside = next((block for block in every if name.startswith(block + ".")), None)
+        parameter.requires_grad_(inside is None or inside in open_blocks)
+        if not parameter.requires_grad:
+            parameter.grad = None
+            closed.add(name)
+    return closed

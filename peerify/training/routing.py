@@ -1,0 +1,249 @@
+"""Training through the selection of experts, and what the selection looks like from outside.
+
+With unit gates an expert is in or out, so the loss has no gradient with respect to the scores that decide. What the
+loss would gain by taking an expert in is known all the same, since the plain path computes every expert: it is passed
+to the score as if the step from out to in were a sigmoid around the threshold (a straight-through estimate, Bengio
+et al., 1308.3432). With softmax and sigmoid gates the scores weigh the experts and need no help.
+
+Suffixes: t tokens, d d_model, n experts, h heads, c cells of one head's grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def peer_layers(model: nn.Module) -> dict[str, Any]:
+    """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
+
+
+def threshold(x: Tensor, k: int) -> Tensor:
+    """The `k`-th largest value along the last dimension, kept as a dimension of size 1."""
+    if k >= x.shape[-1]:
+        return x.amin(-1, keepdim=True)
+    x = x.detach()
+    if (
+        x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    ):  # thirty times as fast as torch's own selection
+        place = x.shape[-1] - k
+        return torch.from_numpy(np.partition(x.numpy(), place, axis=-1)[..., place : place + 1].copy())
+    return x.kthvalue(x.shape[-1] - k + 1, dim=-1, keepdim=True).values
+
+
+def cell_scores(layer: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
+    """Scores of the experts that each head searches: (t, h, n) where heads share the pool, else (t, 1, n)."""
+    keys = layer.keys
+    score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
+    if not keys.share_pool:
+        score_thc = score_thc.flatten(1)[:, None]
+    return score_thc[..., : keys.num_keys]
+
+
+def levels(layer: Any, score_thn: Tensor) -> Tensor:
+    """The score at which an expert is just retrieved: (t, h, 1), or (t, 1, n) where parts have budgets of their own."""
+    if layer.joint_topk or layer.keys.share_pool or layer.num_heads == 1:
+        return threshold(score_thn, layer._per_head)
+    cells = layer.keys.grid[0] * layer.keys.grid[1]
+    spare = layer.num_heads * cells - layer.keys.num_keys
+    part_thc = F.pad(score_thn[:, 0].detach(), (0, spare), value=-math.inf).unflatten(1, (layer.num_heads, cells))
+    level_thc = threshold(part_thc, layer._per_head).expand_as(part_thc)
+    level_t1n = level_thc.flatten(1)[:, None, : score_thn.shape[-1]]
+    return level_t1n.clamp_min(torch.finfo(level_t1n.dtype).min)
+
+
+class _Selected(torch.autograd.Function):
+    """What was selected, as it is; backward as if it were worth * sigmoid((score - level) / width).
+
+    The sigmoid is evaluated in the backward pass only: forward, a selection costs no more than without a gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, score_tn: Tensor, level: Tensor, width: Tensor, worth_tn: Tensor, selected_tn: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(score_tn, level, width, worth_tn)
+        return selected_tn
+
+    @staticmethod
+    def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        score_tn, level, width, worth_tn = ctx.saved_tensors
+        step_tn = (score_tn - level).div_(width).sigmoid_()
+        step_tn.addcmul_(step_tn, step_tn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
+        return step_tn.mul_(slope_tn).mul_(worth_tn).div_(width), None, None, None, None
+
+
+class Router:
+    """The selection of experts in every PEER layer of a model, while it trains.
+
+    Use as a context: inside, layers with unit gates pass gradients to their scores, and what was retrieved in the last
+    forward pass with gradients is on record for the router's own losses, its bias and the statistics.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float | None) -> None:
+        """`temperature`: width of the sigmoid in the gradient, in spreads of a token's scores; None: no gradient."""
+        self.layers = peer_layers(model)
+        self.temperature = temperature
+        self.recording = False
+        self._seen: dict[str, _Seen] = {}
+
+    def __enter__(self) -> Router:
+        for path, layer in self.layers.items():
+            layer.forward = self._forward_of(path, layer)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for layer in self.layers.values():
+            del layer.forward  # the method of the class shows again
+
+    def _forward_of(self, path: str, layer: Any) -> Any:
+        original = layer.forward
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            if not torch.is_grad_enabled() or layer.router_fraction == 0:  # 0: all experts take part
+                return original(hidden_states)  # type: ignore[no-any-return]
+            x_td = hidden_states.reshape(-1, layer.d_model)
+            if layer.gates == "unit":
+                return self._soft_forward(path, layer, x_td).view(hidden_states.shape)
+            if self.recording:
+                found = layer._retrieve(x_td)
+                self._record(
+                    path, layer, layer.keys.sub_scores(x_td), found.index_tc - layer.num_shared, found.weight_tc
+                )
+            return original(hidden_states)  # type: ignore[no-any-return]
+
+        return forward
+
+    def _soft_forward(self, path: str, layer: Any, x_td: Tensor) -> Tensor:
+        """What the layer computes for x_td, with a gradient to the scores that chose the experts."""
+        pool, shared, temperature = layer.pool, layer.num_shared, self.temperature
+        u_tn = F.linear(x_td, pool.u, pool.u_bias)
+        gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
+        with torch.set_grad_enabled(temperature is not None or self.recording):
+            scores = layer.keys.sub_scores(x_td)
+            score_thn = cell_scores(layer, *scores)
+        with torch.no_grad():
+            level = levels(layer, score_thn)
+            found_tn = (score_thn >= level).any(1) if score_thn.shape[1] > 1 else score_thn[:, 0] >= level[:, 0]
+            if self.recording:
+                self._record(path, layer, scores, None, found_tn)
+            worth_tn = torch.ones_like(found_tn)
+            if pool.rerank is not None and layer.topk < layer.num_experts - shared:
+                probe_tn = gate_tn if pool.rerank == "gate" and gate_tn is not None else u_tn
+                one_score = not layer.share_pool or layer.num_heads == 1
+                worth_tn = self._worth(layer, probe_tn[:, shared:], score_thn[:, 0] if one_score else None, found_tn)
+            weight_tn = (found_tn & worth_tn).to(u_tn.dtype)
+        if temperature is not None:
+            # Of several heads that search one pool, the kindest decides.
+            margin_tn = score_thn[:, 0] if score_thn.shape[1] == 1 else (score_thn - level).amax(1)
+            level = level[:, 0] if score_thn.shape[1] == 1 else torch.zeros_like(level[:, 0])
+            width_t1 = temperature * score_thn.detach().std(-1).mean(1, keepdim=True).clamp_min(1e-12)
+            weight_tn = _Selected.apply(margin_tn, level, width_t1, worth_tn, weight_tn)
+        if shared:
+            weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
+        y_td = (pool._activate(u_tn, gate_tn) * weight_tn) @ pool.v
+        return y_td if layer.bias is None else y_td + layer.bias
+
+    @staticmethod
+    def _worth(layer: Any, probe_tn: Tensor, score_tn: Tensor | None, found_tn: Tensor) -> Tensor:
+        """Which experts re-ranking keeps or, of those that were not retrieved, would have kept: bool."""
+        pool, shared = layer.pool, layer.num_shared
+        worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
+        return worth_tn >= threshold(worth_tn.masked_fill(~found_tn, -math.inf), layer.topk)  # type: ignore[no-any-return]
+
+    def _record(
+        self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tc: Tensor | None, weight: Tensor
+    ) -> None:
+        row_tha, column_thb = scores
+        cells = layer.keys.num_keys
+        with torch.no_grad():
+            if index_tc is None:
+                count_n = (weight > 0).sum(0).float()
+                gate = weight.new_ones(())
+            else:
+                used_tc = weight > 0
+                count_n = torch.zeros(cells, device=weight.device).index_add(
+                    0, index_tc.clamp(0, cells - 1).flatten(), used_tc.float().flatten()
+                )
+                gate = weight.sum() / used_tc.sum().clamp_min(1)
+        self._seen[path] = _Seen(row_tha, column_thb, count_n, gate, len(weight))
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """(load balance, z loss) of the last forward pass, means over layers and tokens.
+
+        Both over sub-keys: the softmax over the cells of a grid is that over its rows times that over its columns.
+        Load balance is 1 when every sub-key is as probable and as much retrieved as every other.
+        """
+        balance, z = [], []
+        for path, seen in self._seen.items():
+            for score, share in zip((seen.row_tha, seen.column_thb), self._shares(path), strict=True):
+                p_ha = score.softmax(-1).mean(0)
+                balance.append((share * p_ha).sum(-1).mean() * score.shape[-1])
+            lse_th = seen.row_tha.logsumexp(-1) + seen.column_thb.logsumexp(-1)
+            z.append(lse_th.pow(2).mean())
+        return torch.stack(balance).mean(), torch.stack(z).mean()
+
+    def _shares(self, path: str) -> tuple[Tensor, Tensor]:
+        """Share of a head's retrievals that fall on each row, and on each column: (h, a) and (h, b)."""
+        keys, count_n = self.layers[path].keys, self._seen[path].count_n
+        rows, columns = keys.grid
+        heads = 1 if keys.share_pool else keys.num_heads
+        count_hab = F.pad(count_n, (0, heads * rows * columns - len(count_n))).view(heads, rows, columns)
+        total = count_hab.sum((1, 2)).clamp_min(1)[:, None]
+        return count_hab.sum(2) / total, count_hab.sum(1) / total
+
+    @torch.no_grad()
+    def load_steps(self) -> dict[str, Tensor]:
+        """Path -> direction, -1 to 1, in which each sub-key's bias should move to even out retrieval: (h, m).
+
+        Auxiliary-loss-free balancing, 2408.15664, eq. 3, on rows and columns, in spreads of the scores.
+        """
+        steps = {}
+        for path, seen in self._seen.items():
+            keys = self.layers[path].keys
+            parts = []
+            for score, share in zip((seen.row_tha, seen.column_thb), self._shares(path), strict=True):
+                parts.append((1 / score.shape[-1] - share).sign() * score.std())
+            step_hm = torch.cat(parts, dim=-1)
+            steps[path] = step_hm if len(step_hm) == len(keys.sub_keys) else step_hm.expand(len(keys.sub_keys), -1)
+        return steps
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Path -> {"used": share of experts retrieved, "kl_uniform": their unevenness, "gate": mean gate value of
+        those retrieved, "score_mean", "score_std"}, of the last recorded forward pass."""
+        result = {}
+        for path, seen in self._seen.items():
+            share_n = seen.count_n.double() / seen.count_n.sum().clamp_min(1)
+            cell = seen.row_tha.float().mean() + seen.column_thb.float().mean()
+            variance = seen.row_tha.float().var() + seen.column_thb.float().var()
+            result[path] = {
+                "used": (seen.count_n > 0).double().mean().item(),
+                "kl_uniform": max(0.0, math.log(len(share_n)) - torch.special.entr(share_n).sum().item()),
+                "gate": seen.gate.item(),
+                "score_mean": cell.item(),
+                "score_std": variance.sqrt().item(),
+            }
+        return result
+
+    def forget(self) -> None:
+        """Drop what is on record, and with it the graph it holds."""
+        self._seen.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One layer's retrieval of one batch."""
+
+    row_tha: Tensor
+    column_thb: Tensor
+    count_n: Tensor
+    gate: Tensor
+    tokens: int

@@ -1,0 +1,234 @@
+"""Checkpoints of a run: whole or not at all, and the same files whatever the number of processes.
+
+A checkpoint is a folder `step-000120` with model.safetensors (everything by its name in the model), optimizer.pt (the
+optimizer's state by parameter name) and run.json (stage, step, position in the text, recipe). Random numbers need no
+state: they are drawn afresh in every step from the seed, the step and the process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from peerify.errors import CheckpointError, UsageError
+from peerify.output import atomic_folder
+
+NAME = re.compile(r"step-(\d{6,})")
+BEST = "best"
+# Keys of `train` that a run may change on the way: they do not change what is computed.
+FREE = {
+    *("output", "loggers", "log_every", "checkpoints", "evaluation", "spike"),
+    *("gradient_checkpointing", "micro_batch_size"),
+}
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where a run is; JSON."""
+
+    stage: int = 0
+    step_in_stage: int = 0
+    step: int = 0
+    position: dict[str, Any] | None = None
+    best_perplexity: float | None = None
+    best_step: int | None = None
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, for the detection of spikes."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and kept buffers by name, whole, on the CPU. Every process must call it."""
+    tensors = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - tensors.keys()
+    state = model.state_dict()
+    tensors |= {name: state[name] for name, _ in model.named_buffers() if name in state and name not in tied}
+    return {name: _whole(tensor) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """The reverse of `weights_of`, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    targets = dict(model.named_parameters())
+    state = model.state_dict()
+    targets |= {name: state[name] for name, _ in model.named_buffers() if name in state}
+    wrong = sorted(weights.keys() ^ targets.keys())
+    wrong += [name for name in weights.keys() & targets.keys() if weights[name].shape != targets[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{where} does not fit the model: {wrong[0]} differs; was {where} made from another converted model?"
+        )
+    for name, tensor in weights.items():
+        assign(targets[name], tensor)
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `target`, of which this process may hold a part."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state by parameter name, whole, on the CPU. Every process must call it."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    result = {}
+    for parameter, state in optimizer.state.items():
+        result[names[parameter]] = {
+            key: _whole(value) if isinstance(value, Tensor) else value for key, value in state.items()
+        }
+    return result
+
+
+@torch.no_grad()
+def put_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]], where: str
+) -> None:
+    """The reverse of `optimizer_state`.
+
+    Raises:
+        CheckpointError: it names a parameter that does not train.
+    """
+    parameters = dict(model.named_parameters())
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, state in states.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in known:
+            raise CheckpointError(f"{where} holds optimizer state for {name}, which does not train here")
+        optimizer.state[parameter] = {
+            key: _like(value, parameter, key) if isinstance(value, Tensor) else value for key, value in state.items()
+        }
+
+
+def _like(value: Tensor, parameter: Tensor, key: str) -> Tensor:
+    if key == "step":  # AdamW keeps it on the CPU
+        return value
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().clone().contiguous()
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints. Only the main process writes."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint. Folders appear only when complete."""
+        if not self.folder.is_dir():
+            return None
+        found = [entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name)]
+        return max(found, key=lambda entry: int(entry.name[5:]), default=None)
+
+    def save(self, state: RunState, weights: dict[str, Tensor], optimizer: dict[str, dict[str, Any]] | None) -> Path:
+        """Write a checkpoint, then remove those that are one too many.
+
+        Raises:
+            OutputError: the disk is full, or the folder cannot be written; earlier checkpoints stay.
+        """
+        target = self.folder / f"step-{state.step:06d}"
+        with atomic_folder(target, overwrite=True, expected_bytes=_bytes(weights, optimizer)) as folder:
+            _write(folder, weights, state)
+            if optimizer is not None:
+                torch.save(optimizer, folder / "optimizer.pt")
+        entries = sorted(
+            (entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name)), key=lambda e: int(e.name[5:])
+        )
+        for old in entries[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def save_best(self, state: RunState, weights: dict[str, Tensor]) -> None:
+        """Put these weights in the place of the best so far."""
+        with atomic_folder(self.folder / BEST, overwrite=True, expected_bytes=_bytes(weights, None)) as folder:
+            _write(folder, weights, state)
+
+    @property
+    def best(self) -> Path:
+        """Where the best weights are, if any were measured."""
+        return self.folder / BEST
+
+    def clear(self) -> None:
+        """Remove all of it: checkpoints, the best, and unfinished ones."""
+        if self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if NAME.fullmatch(entry.name) or entry.name == BEST or re.match(r"\.(step-\d+|best)\.", entry.name):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+def read_state(folder: Path) -> RunState:
+    """run.json of a checkpoint. Raises CheckpointError when it cannot be read."""
+    try:
+        return RunState(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of this version ({error}); remove it to go on from the one before"
+        ) from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint. Raises CheckpointError when they cannot be read."""
+    try:
+        return load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} cannot be read ({str(error).splitlines()[0]}); remove {folder} to go on "
+            "from the checkpoint before"
+        ) from None
+
+
+def read_optimizer(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The optimizer's state in a checkpoint, None at the start of a stage."""
+    path = folder / "optimizer.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def check_same_recipe(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Whether a run may go on from a checkpoint.
+
+    Raises:
+        UsageError: naming the first key that differs.
+    """
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key) and key.removeprefix("train.").split(".")[0] not in FREE:
+            raise UsageError(
+                f"{folder} was made with {key} {saved.get(key)!r}, and the recipe says {now.get(key)!r}: restore it, "
+                "or start anew with --overwrite"
+            )
+
+
+def _write(folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(asdict(state)) + "\n"
+    (folder / "run.json").write_text(text, encoding="utf-8")
+    (folder / "peerify.json").write_text(json.dumps({"checkpoint": state.step}) + "\n", encoding="utf-8")
+
+
+def _bytes(weights: dict[str, Tensor], optimizer: dict[str, dict[str, Any]] | None) -> int:
+    tensors = list(weights.values())
+    for state in (optimizer or {}).values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,316 @@
+"""From a recipe to a trained folder: what is checked before, what is put together, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
+from peerify.data import check_windows, load_windows
+from peerify.errors import OutputError, PeerifyError, UsageError
+from peerify.output import MARKER
+from peerify.recipe import Recipe
+from peerify.training import loggers, state
+from peerify.training.config import TrainConfig
+from peerify.training.data import Windows
+from peerify.training.distribution import is_sharded
+from peerify.training.groups import require_peer
+from peerify.training.loop import ADAPTER, Run, plain_weights, run_stages
+from peerify.yamlfile import flatten
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+def output_of(recipe: Recipe) -> str:
+    """Where the trained model is written."""
+    return section(recipe).output or f"{recipe.output.rstrip('/')}-healed"
+
+
+def section(recipe: Recipe) -> TrainConfig:
+    """The `train:` part of a recipe. Raises UsageError when it has none."""
+    if recipe.train is None:
+        raise UsageError("the recipe has no train section: add `train:` with at least data.sources below it")
+    return recipe.train
+
+
+def train_checkpoint(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """Train the converted model in `recipe.output` as `recipe.train` says and write the result, whole or not at all.
+
+    Checkpoints, the log and curves lie in the folder `<output>-run`. Interrupted by SIGINT or SIGTERM, the run writes
+    a checkpoint and returns with "stopped" true; with `resume` it goes on from the newest one.
+
+    Returns:
+        ``{"output", "steps", "tokens", "final_loss", "perplexity", "stopped", "checkpoints", "trained_tokens"}``;
+        output is None where the run stopped early. None on all processes but the main one.
+
+    Raises:
+        PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
+            is NaN or jumps.
+    """
+    config = section(recipe)
+    target = output_of(recipe)
+    folder = Path(f"{target}-run").expanduser()
+    checkpoints = state.Checkpoints(folder, config.checkpoints.keep)
+    latest = checkpoints.latest() if resume else None
+    described = {f"train.{key}": value for key, value in flatten(config.model_dump(mode="json")).items()}
+    described |= {"model": recipe.model, "output": recipe.output}
+    _check_start(checkpoints, target, latest, resume, overwrite)
+    if latest is not None:
+        state.check_same_recipe(_unrolled(state.read_state(latest).recipe), _unrolled(described), latest)
+    names = loggers.chosen(config.loggers)
+    accelerator = _accelerator(recipe, names, folder)
+    try:
+        tell = progress if progress is not None and accelerator.is_main_process else lambda *_: None
+        _check_processes(config, accelerator)
+        ours = load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code)
+        _check_model(ours, recipe)
+        teacher = _teacher(recipe, accelerator, ours, tell)
+        windows = Windows(config.data, ours.tokenizer, seed=config.seed, progress=tell)
+        check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
+        test_bt = _test_windows(config, ours, tell)
+        _check_space(config, ours.model, folder)
+        if accelerator.is_main_process:
+            if latest is None:
+                checkpoints.clear()
+            folder.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers(folder.name)
+        from_step = state.read_state(latest).step if latest is not None else 0
+        log = loggers.LogFile(folder / "log.jsonl", from_step=from_step) if accelerator.is_main_process else None
+        run = Run(
+            config=config,
+            accelerator=accelerator,
+            make_model=lambda: load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code).model,
+            teacher=teacher,
+            windows=windows,
+            test_bt=test_bt,
+            checkpoints=checkpoints,
+            log=log,
+            progress=tell,
+            publish=_publisher(recipe, tell),
+            recipe=described,
+        )
+        outcome = run_stages(run, latest)
+        if log is not None:
+            log.close()
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            return None
+        now = outcome.state
+        result = {
+            "output": None if outcome.stopped else target,
+            "steps": now.step,
+            "tokens": now.step * config.batch_size * config.data.context,
+            "final_loss": now.losses[-1] if now.losses else None,
+            "perplexity": now.best_perplexity,
+            "best_step": now.best_step if config.evaluation.keep_best else None,
+            "stopped": outcome.stopped,
+            "checkpoints": str(folder),
+        }
+        if not outcome.stopped:
+            assert outcome.checkpoint is not None
+            tell("Writing", 0, 1)
+            _write(run, recipe, ours, outcome.checkpoint, result)
+            tell("Writing", 1, 1)
+        return result
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=not _launched())
+
+
+def _unrolled(described: dict[str, Any]) -> dict[str, Any]:
+    """Lists of sections as keys with numbers, so that a difference is named by its own key."""
+    flat: dict[str, Any] = {}
+    for key, value in described.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, element in enumerate(value):
+                flat |= {f"{key}.{number}.{inner}": item for inner, item in flatten(element).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _check_start(
+    checkpoints: state.Checkpoints, target: str, latest: Path | None, resume: bool, overwrite: bool
+) -> None:
+    """Refuse to lose an earlier run or result, and to go on from nothing."""
+    if Path(target).expanduser().exists() and not overwrite:
+        raise OutputError(f"{target} exists; set train.output to another place, or pass --overwrite to replace it")
+    if resume and latest is None:
+        raise UsageError(f"--resume finds no checkpoint in {checkpoints.folder}: leave it out to start")
+    if not resume and not overwrite and checkpoints.latest() is not None:
+        raise UsageError(
+            f"{checkpoints.folder} holds the checkpoints of an earlier run: pass --resume to go on with it, or "
+            "--overwrite to start anew"
+        )
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` (or torchrun) started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _accelerator(recipe: Recipe, names: list[str], folder: Path) -> Accelerator:
+    config = section(recipe)
+    device = torch.device(recipe.device)
+    on_cpu = recipe.device == "cpu" and not (_launched() and torch.cuda.is_available())  # a launcher knows better
+    if device.index is not None and device.type == "cuda" and not _launched():
+        torch.cuda.set_device(device)
+    return Accelerator(
+        mixed_precision=config.precision,
+        cpu=on_cpu,
+        log_with=names or None,
+        project_dir=str(folder),
+        # Without gradients some parameters take no part: layerwise leaves out the head.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuse what does not go together with several processes."""
+    world = accelerator.num_processes
+    share = config.batch_size // world
+    if config.batch_size % world or (config.micro_batch_size and share % config.micro_batch_size):
+        micro = f", {config.micro_batch_size} at a time" if config.micro_batch_size else ""
+        raise UsageError(
+            f"train.batch_size {config.batch_size} cannot be shared by {world} processes{micro}: make it a multiple "
+            f"of {world * (config.micro_batch_size or 1)}"
+        )
+    sharded = is_sharded(accelerator)
+    for number, stage in enumerate(config.stages):
+        if world > 1 and stage.train == "lisa":
+            raise UsageError(f"train.stages.{number}: lisa runs in one process: take full, or launch one")
+        if sharded and stage.optimizer.name in ("galore", "adamw8bit"):
+            raise UsageError(
+                f"train.stages.{number}: {stage.optimizer.name} needs whole matrices, and FSDP shards them: take adamw"
+            )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.FSDP,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise UsageError(
+            f"training runs in one process, with DDP or with FSDP2, not with {accelerator.distributed_type.value}: "
+            "use a configuration of recipes/accelerate"
+        )
+
+
+def _check_model(ours: DenseModel, recipe: Recipe) -> None:
+    model: Any = ours.model
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise UsageError(f"{recipe.output} is a {type(model).__name__}: only causal language models can be trained")
+    layers = require_peer(model)
+    for number, stage in enumerate(section(recipe).stages):
+        if stage.balance_rate and any(layer.keys.sub_key_bias is None for layer in layers.values()):
+            raise UsageError(
+                f"train.stages.{number}.balance_rate moves the sub-keys' biases, and these PEER layers have none "
+                "(query batch norm): use objectives.load_balance"
+            )
+
+
+def _teacher(recipe: Recipe, accelerator: Accelerator, ours: DenseModel, tell: Progress) -> Any | None:
+    if not any(stage.objectives.needs_teacher for stage in section(recipe).stages):
+        return None
+    tell(f"Loading {recipe.model}", 0, 1)
+    dense = load_dense(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code).model
+    tell(f"Loading {recipe.model}", 1, 1)
+    theirs, own = (model.config.get_text_config().vocab_size for model in (dense, ours.model))
+    if theirs != own:
+        raise UsageError(
+            f"model {recipe.model} has a vocabulary of {theirs} tokens and {recipe.output} one of {own}: name the "
+            "dense model that was converted"
+        )
+    return dense.requires_grad_(False).to(accelerator.device)
+
+
+def _test_windows(config: TrainConfig, ours: DenseModel, tell: Progress) -> torch.Tensor | None:
+    wanted = config.evaluation
+    if wanted.data is None:
+        return None
+    windows_bt = load_windows(
+        [wanted.data], ours.tokenizer, context=config.data.context, max_tokens=wanted.tokens, progress=tell
+    )
+    check_windows(windows_bt, ours.model)
+    return windows_bt
+
+
+def _check_space(config: TrainConfig, model: Any, folder: Path) -> None:
+    """Refuse a disk that the checkpoints will not fit on."""
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed = (config.checkpoints.keep + 1) * 3 * size + 2 * size  # with two moments; the best and the result
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} will take up to {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free; free some "
+            "space, lower train.checkpoints.keep, or set train.output to another disk"
+        )
+
+
+def _publisher(recipe: Recipe, tell: Progress) -> Callable[[Path, int], None] | None:
+    """Pushes every N-th checkpoint where the recipe's `hub.every` asks for it; training goes on if that fails."""
+    hub = recipe.hub
+    if hub is None or hub.every is None:
+        return None
+
+    def publish(checkpoint: Path, number: int) -> None:
+        from peerify.publishing import push_checkpoint
+
+        if number % hub.every == 0:  # type: ignore[operator]
+            try:
+                steps = state.read_state(checkpoint).step
+                push_checkpoint(checkpoint, Path(recipe.output).expanduser(), hub, steps=steps, progress=tell)
+            except PeerifyError as error:
+                logger.warning("%s was not pushed, training goes on: %s", checkpoint.name, error)
+
+    return publish
+
+
+def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[str, Any]) -> None:
+    """The trained model's folder: the best weights or the last, the processor, the record and the card."""
+    source = last
+    if run.config.evaluation.keep_best and run.test_bt is not None and run.checkpoints.best.exists():
+        source = run.checkpoints.best
+    weights, found = state.read_weights(source), state.read_state(source)
+    if found.step_in_stage:  # the best, in the middle of a stage
+        weights = plain_weights(run, found.stage, weights)
+    model: Any = run.make_model()
+    state.put_weights(model, weights, str(source))
+    with atomic_folder(result["output"], overwrite=True) as folder:
+        ours.save_processor(folder)
+        model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)
+        adapter = run.checkpoints.folder / ADAPTER
+        if not run.config.stages[-1].lora.merge and adapter.exists():
+            shutil.copytree(adapter, folder / ADAPTER)
+        record = json.loads((Path(recipe.output).expanduser() / MARKER).read_text(encoding="utf-8"))
+        settings = run.config.model_dump(mode="json", exclude={"output", "loggers", "checkpoints", "log_every"})
+        for text in settings["data"]["sources"]:
+            text["path"] = _public(text["path"])
+        if settings["evaluation"]["data"]:
+            settings["evaluation"]["data"] = _public(settings["evaluation"]["data"])
+        kept = ("steps", "tokens", "final_loss", "perplexity", "best_step")
+        record["training"] = {"recipe": settings, **{key: result[key] for key in kept}}
+        record.pop("evaluation", None)  # of the model before it was trained
+        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        from peerify.card import write_card
+
+        write_card(folder)
+
+
+def _public(spec: str) -> str:
+    """A text as others may see it: a local file by its name only."""
+    return Path(spec).name if Path(spec).expanduser().exists() else spec
