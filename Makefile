@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL ?=
 TEXT ?=
 
-.PHONY: help demo test lint slow zoo format clean
+.PHONY: help demo test lint slow zoo bench-quality format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,7 +15,9 @@ help:
 	@echo "             MODEL=user/name|folder|file.gguf and TEXT=file.txt take your own"
 	@echo "make test    install, then linters, type checker and tests"
 	@echo "make slow    the tests that take longer as well"
-	@echo "make zoo     convert every architecture of transformers, write docs/architectures.md (about 25 minutes)"
+	@echo "make zoo     convert every architecture of transformers, write docs/architectures.md (about an hour)"
+	@echo "make bench-quality MODEL=model CALIBRATION='a.txt b.txt' TEST=c.txt OOD=d.txt"
+	@echo "             conversion beside other methods: a table and a plot in .quality/ (hours; goes on where it stopped)"
 	@echo "make lint    linters and type checker only"
 	@echo "make format  rewrite the code as the linter wants it"
 	@echo "make clean   remove the virtual environment, the demo's files and caches"
@@ -48,6 +50,13 @@ slow: lint
 
 zoo: $(READY)
 	@$(BIN)/python tests/zoo/run.py
+
+# OPTIONS takes everything else that benchmarks/quality/run.py --help lists.
+bench-quality: $(READY)
+	$(foreach name,MODEL CALIBRATION TEST,$(if $($(name)),,$(error $(name) is missing: `make help` shows how)))
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[plots]'
+	@$(BIN)/python benchmarks/quality/run.py --model '$(MODEL)' --calibration $(CALIBRATION) --test '$(TEST)' \
+	  $(if $(OOD),--ood '$(OOD)') $(OPTIONS)
 
 format: $(READY)
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .

@@ -1,0 +1,500 @@
+"""The quality benchmark: its baselines do what the papers say, count what they spend, and no measured cell is lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCABULARY, random_text, text_file, tiny_checkpoint, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, inputs_for, logits, relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+from peerify import PeerConfig, convert, perplexity
+from peerify.calibration import token_batches
+from peerify.dense import FeedForward
+from peerify.errors import UsageError
+from peerify.feedforward import find_feedforwards, select_sites
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
+
+import matrix
+import run
+from baselines import (
+    BASELINES,
+    Masked,
+    assign,
+    balanced_kmeans,
+    carve,
+    even_sizes,
+    fit_all,
+    fit_cmoe,
+    fit_moefication,
+    fit_oracle,
+    install,
+    install_in_order,
+)
+from methods import METHODS, Maker, conversion_code, parse_method
+from reference import Reference
+from table import markdown
+
+SEED = 7
+
+
+def random_layer(d_model: int, d_ff: int, *, gated: bool, activation: str = "silu") -> FeedForward:
+    return FeedForward(
+        u_fd=torch.randn(d_ff, d_model),
+        gate_fd=torch.randn(d_ff, d_model) if gated else None,
+        v_fd=torch.randn(d_ff, d_model) * torch.rand(d_ff, 1),
+        u_bias_f=torch.randn(d_ff),
+        gate_bias_f=torch.randn(d_ff) if gated else None,
+        bias_d=torch.randn(d_model),
+        activation=activation,
+    )
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    """A progress that nobody looks at."""
+
+
+def replaced(name: str, model: Any, share: float, windows: Tensor) -> list[Masked]:
+    """`model` with a baseline in it, in place."""
+    fit, in_order = BASELINES[name]
+    sites, batches = select_sites(find_feedforwards(model), "all"), token_batches(windows, model)
+    if in_order:
+        return install_in_order(model, sites, batches, fit, share, SEED, ignore)
+    return install(model, sites, fit_all(model, sites, batches, fit, SEED, ignore), share)
+
+
+# Gated and plain, with and without biases, fused projections, and a layer without a module of its own (OPT).
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma3", "opt"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_everything_evaluated_is_the_dense_model(name: str, family: str, seed: int) -> None:
+    model = FAMILIES[family](seed)
+    inputs = inputs_for(model, seed)
+    dense = logits(model, inputs)
+    layers = replaced(name, model, 1.0, torch.randint(3, 128, (4, 16)))
+    assert relative_error(logits(model, inputs), dense) < 1e-5
+    assert [layer.spent for layer in layers] == [1.0] * len(layers)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_spent_is_the_share_asked_for(name: str, seed: int) -> None:
+    model = FAMILIES["llama"](seed)
+    share = random.uniform(0.15, 0.9)
+    inputs = inputs_for(model, seed)
+    dense = logits(model, inputs)
+    layers = replaced(name, model, share, torch.randint(3, 128, (4, 16)))
+    assert relative_error(logits(model, inputs), dense) > 1e-3
+    for layer in layers:
+        assert layer.tokens == inputs["input_ids"].numel()
+        d_ff = len(layer.ff.u_fd)
+        if name in ("oracle", "static"):
+            assert round(layer.spent * d_ff) == max(1, int(share * d_ff))
+            continue
+        experts = 8 if share >= 0.25 or name != "cmoe" else 16  # CMoE's have a shared and a routed one at least
+        paid = max(1, int(share * experts))
+        assert paid * (d_ff // experts) / d_ff <= layer.spent + 1e-9
+        assert layer.spent <= paid * math.ceil(d_ff / experts) / d_ff + 1e-9
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_masked_layer_is_the_sum_over_what_it_selects(name: str) -> None:
+    """And its router's multiply-adds are those of a linear map to the experts (two for CMoE's GLU neurons)."""
+    ff, x_td, new_td = random_layer(12, 40, gated=True), torch.randn(64, 12), torch.randn(9, 12)
+    layer = BASELINES[name][0](ff, x_td, SEED)(0.5)
+    a_tf = ff.hidden(new_td)
+    mask_tf = layer.select(new_td, a_tf)
+    by_hand = torch.stack(
+        [sum((a_tf[t, i] * ff.v_fd[i] for i in range(40) if mask_tf[t, i]), ff.bias_d) for t in range(9)]
+    )
+    torch.testing.assert_close(layer(new_td.view(3, 3, 12)), by_hand.view(3, 3, 12), rtol=1e-4, atol=1e-4)
+    assert layer.spent == pytest.approx(mask_tf.float().mean().item())
+    routed = {"oracle": None, "static": 0, "cmoe": 2 * (8 - 2) * 12}
+    assert layer.router == routed.get(name, 8 * 12)
+
+
+def test_no_mask_of_as_many_neurons_is_better_than_the_oracle() -> None:
+    """With output vectors at right angles the error is what is left out, so the oracle is exactly the best."""
+    d_ff, d_model = random.randint(6, 16), 16
+    ff = random_layer(d_model, d_ff, gated=random.random() < 0.5)
+    vectors = torch.linalg.qr(torch.randn(d_model, d_model)).Q[:d_ff] * torch.rand(d_ff, 1)
+    ff = FeedForward(**{**vars(ff), "v_fd": vectors})
+    x_td, count = torch.randn(32, d_model), random.randint(1, d_ff - 1)
+
+    def errors(layer: Masked) -> Tensor:
+        return (layer(x_td) - ff(x_td)).pow(2).sum(1)
+
+    best = errors(fit_oracle(ff, x_td, SEED)(count / d_ff))
+    for _ in range(50):
+        other = torch.rand(32, d_ff).argsort(dim=1) < count
+        assert (best <= errors(Masked(ff, lambda x, a, other=other: other, None)) + 1e-5).all()
+    for name, (fit, _) in BASELINES.items():
+        layer = fit(ff, x_td, SEED)(count / d_ff)
+        if layer.select(x_td, ff.hidden(x_td)).sum(1).max() <= count:
+            assert (best <= errors(layer) + 1e-5).all(), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31))
+def test_clusters_are_balanced_and_hold_each_neuron_once(count: int, parts: int, seed: int) -> None:
+    parts = min(parts, count)
+    sizes = even_sizes(count, parts)
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    rows = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+    assert balanced_kmeans(rows, sizes, seed).bincount(minlength=parts).tolist() == sizes
+    shared = seed % parts
+    marked = (torch.rand(30, count, generator=torch.Generator().manual_seed(seed)) < 0.3).float()
+    member, representative = carve(marked.T @ marked, sizes, shared)
+    assert member.bincount(minlength=parts).tolist() == sizes
+    assert member[representative].tolist() == list(range(shared, parts))  # each in the expert that it stands for
+
+
+def test_assignment_is_the_best_of_all() -> None:
+    gain, sizes = torch.randn(6, 3), [1, 2, 3]
+    places = [0, 1, 1, 2, 2, 2]
+    best = max(sum(gain[row, part].item() for row, part in enumerate(p)) for p in set(itertools.permutations(places)))
+    part = assign(gain, sizes)
+    assert part.bincount().tolist() == sizes
+    assert gain[range(6), part].sum().item() == pytest.approx(best)
+
+
+def test_carving_finds_what_fires_together() -> None:
+    """CMoE's groups and representatives, from tokens that mark planted groups of neurons; every formula by hand."""
+    groups, size, tokens = 4, 5, 600
+    owner, leads = torch.randperm(groups * size) % groups, torch.zeros(groups * size, dtype=torch.bool)
+    for group in range(groups):  # the most active neurons are where experts begin: one in each group
+        leads[(owner == group).nonzero()[0]] = True
+    topic = torch.arange(tokens) % (groups - 1) + 1
+    often = torch.where(leads, 0.9, 0.6)
+    often[owner == 0] = 0.95  # group 0 fires for all topics: it is to be shared
+    marked = (((owner == topic[:, None]) | (owner == 0)) & (torch.rand(tokens, groups * size) < often)).float()
+    member, representative = carve(marked.T @ marked, [size] * groups, 1)
+    assert (member[owner == 0] == 0).all()
+    for expert in range(1, groups):
+        assert len(set(owner[member == expert].tolist())) == 1
+        members = (member == expert).nonzero().flatten()
+        centre = marked[:, members].mean(1)
+        distances = (marked[:, members] - centre[:, None]).pow(2).sum(0)
+        chosen = distances[members == representative[expert - 1]].item()
+        assert chosen == pytest.approx(distances.min().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("similarity", [True, False])
+def test_moefication_selects_the_group_that_answers(similarity: bool) -> None:
+    """ReLU neurons in groups that look in directions at right angles: one expert for each token is all there is."""
+    groups, size, d_model = 8, 4, 16
+    direction = torch.linalg.qr(torch.randn(d_model, d_model)).Q[:groups]
+    order = torch.randperm(groups * size)
+    rows = (direction.repeat_interleave(size, 0) + 0.01 * torch.randn(groups * size, d_model))[order]
+    ff = FeedForward(
+        u_fd=rows - 0.02 * direction.sum(0),  # so that the others stay below zero
+        gate_fd=None,
+        v_fd=torch.randn(groups * size, d_model),
+        u_bias_f=None,
+        gate_bias_f=None,
+        bias_d=None,
+        activation="relu",
+    )
+
+    def tokens(count: int) -> Tensor:
+        return direction[torch.randint(groups, (count,))] * (1 + torch.rand(count, 1))
+
+    layer = fit_moefication(ff, tokens(500), SEED, similarity=similarity)(1 / groups)
+    x_td = tokens(100)
+    assert layer.spent <= 1 / groups
+    assert F.mse_loss(layer(x_td), ff(x_td)) < 1e-3 * ff(x_td).pow(2).mean()
+
+
+def test_cmoe_is_fitted_behind_converted_layers() -> None:
+    """Each layer sees the stream that it will get: what the layers before make of it, not the dense model's."""
+    model, windows = tiny_model("llama"), torch.randint(VOCABULARY, (4, 32))
+    sites, batches = select_sites(find_feedforwards(model), "all"), token_batches(windows, model)
+    seen: list[Tensor] = []
+
+    def fit(ff: FeedForward, x_td: Tensor, seed: int) -> Any:
+        seen.append(x_td)
+        return fit_cmoe(ff, x_td, seed)
+
+    install_in_order(model, sites, batches, fit, 0.5, SEED, ignore)
+    really: list[Tensor] = []
+    for site in sites:
+        hook = lambda module, args: really.append(args[0].flatten(0, -2))  # noqa: E731
+        model.get_submodule(site.path).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(input_ids=windows, use_cache=False)
+    for x_td, y_td in zip(seen, really, strict=True):
+        torch.testing.assert_close(x_td, y_td, rtol=1e-3, atol=1e-3)
+
+
+def test_the_reference_runs_the_dense_model_once_for_each_window() -> None:
+    model, batch = tiny_model("llama"), torch.randint(VOCABULARY, (2, 16))
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    reference = Reference(model)
+    with torch.no_grad():
+        expected = model(input_ids=batch).logits
+        for other in (batch, batch.flip(0), batch, batch.flip(0), batch[:1]):
+            wanted = {2: expected, 1: expected[:1]}[len(other)]
+            if len(other) == 2 and torch.equal(other, batch.flip(0)):
+                wanted = expected.flip(0)
+            torch.testing.assert_close(reference(input_ids=other, use_cache=False).logits, wanted)
+    assert len(calls) == 1 + 3
+
+
+def test_the_reference_keeps_nothing_where_logits_are_more_than_a_product(seed: int) -> None:
+    model = FAMILIES["gemma3"](seed, final_logit_softcapping=0.5)
+    batch, reference = torch.randint(3, 128, (2, 8)), Reference(model)
+    with torch.no_grad():
+        expected = model(input_ids=batch).logits
+        assert expected.abs().max() <= 0.5
+        for _ in range(2):
+            torch.testing.assert_close(reference(input_ids=batch).logits, expected)
+
+
+def test_random_layers_keep_their_neurons_and_forget_their_keys() -> None:
+    model, windows = tiny_model("llama"), torch.randint(VOCABULARY, (4, 32))
+    maker = Maker(model, windows, SEED)
+    dense = perplexity(model, windows)
+    everything = maker.make(parse_method("random-keys"), 1.0)
+    assert perplexity(everything.model, windows) == pytest.approx(dense, rel=1e-4)
+    assert everything.costs()["spent"] == 1.0
+    half, fitted = (maker.make(parse_method(name), 0.5) for name in ("random-keys", "product-keys"))
+    assert half.costs()["spent"] == pytest.approx(0.5, abs=0.1)
+    before = {tuple(row) for layer in fitted.layers for row in layer.keys.sub_keys.flatten(0, -2).tolist()}
+    after = {tuple(row) for layer in half.layers for row in layer.keys.sub_keys.flatten(0, -2).tolist()}
+    assert not before & after
+    for made, same in ((half, True), (maker.make(parse_method("random-peer"), 0.5), False)):
+        for layer, site in zip(made.layers, maker.sites, strict=True):
+            neurons = {tuple(row) for row in model.get_submodule(site.up.path).weight.tolist()}
+            assert ({tuple(row) for row in layer.pool.u.tolist()} == neurons) is same
+    assert perplexity(model, windows) == dense  # the dense model is left as it was
+
+
+def test_costs_of_a_conversion_are_its_own() -> None:
+    windows = torch.randint(VOCABULARY, (4, 32))
+    model = tiny_model("llama", intermediate_size=96, hidden_size=32)
+    made = Maker(model, windows, SEED).make(parse_method("peerify+num_shared=8+refine_steps=0"), 0.5)
+    costs = made.costs()
+    again = convert(model, PeerConfig(active=0.5, num_shared=8, refine_steps=0), windows)
+    assert costs["spent"] == pytest.approx(again.active_fraction)
+    assert costs["router"] == pytest.approx(again.router_fraction / (again.active_fraction - 8 / 96))
+    assert costs["router_max"] >= costs["router"] > 0
+
+
+def test_names_and_options_of_methods() -> None:
+    assert parse_method("peerify+seed=3").config(0.25) == PeerConfig(active=0.25, seed=3)
+    for name in METHODS:
+        assert parse_method(name).identity(0.5) == parse_method(name).identity(0.5) != parse_method(name).identity(0.25)
+    assert parse_method("peerify+seed=3").identity(0.5) != parse_method("peerify").identity(0.5)
+    names = {path.stem for path in conversion_code()}
+    assert {"conversion", "router", "clustering", "plan", "refit", "modeling_peer", "calibration"} <= names
+    assert not {"recipe", "cli", "card"} & names
+    for wrong, word in (("nonsense", "oracle"), ("oracle+k=1", "no options"), ("peerify+seed", "key=value")):
+        with pytest.raises(UsageError, match=word):
+            parse_method(wrong)
+    with pytest.raises(UsageError, match="sed"):
+        parse_method("peerify+sed=3").config(0.5)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A command line without methods, shares and output."""
+    tiny_checkpoint(tmp_path / "model", intermediate_size=48, num_hidden_layers=2)
+    texts = [str(text_file(tmp_path / f"{name}.txt")) for name in ("calibration", "test", "ood")]
+    return [
+        *("--model", str(tmp_path / "model"), "--calibration", texts[0], "--test", texts[1], "--ood", texts[2]),
+        *("--context", "32", "--calibration-tokens", "256", "--max-tokens", "128"),
+    ]
+
+
+def read(out: Path) -> Any:
+    return json.loads((out / "results.json").read_text())
+
+
+def figures(results: Any) -> Any:
+    """All that does not depend on the clock."""
+    return sorted(
+        (cell["method"], cell["active"], cell["spent"], cell["test"]["ratio"], cell["ood"]["kl"])
+        for cell in results["cells"]
+    )
+
+
+def test_a_run_stops_resumes_and_grows(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures: list[Path] = []
+    monkeypatch.setattr(run, "draw", lambda results, path: pictures.append(path))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    asked = [*arguments, "--methods", "static,no-refine,no-refine+allocation=uniform", "--active", "0.5,1"]
+    assert run.main([*asked, "--out", str(whole), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert figures(printed) == figures(read(whole))
+    assert len(printed["cells"]) == 6
+    for cell in printed["cells"]:
+        for key in ("test", "ood"):
+            assert cell[key]["ratio"] == pytest.approx(cell[key]["perplexity"] / printed["dense"][key])
+        assert cell["active"] != 1 or cell["test"]["ratio"] == pytest.approx(1, abs=1e-4)
+
+    make, made = Maker.make, []
+
+    def stopping(self: Maker, method: Any, *rest: Any) -> Any:
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(method.name)
+        return make(self, method, *rest)
+
+    monkeypatch.setattr(Maker, "make", stopping)
+    assert run.main([*asked, "--out", str(out)]) == 130
+    assert [cell["method"] for cell in read(out)["cells"]] == ["static"]
+    assert "static" in (out / "table.md").read_text()
+    monkeypatch.setattr(Maker, "make", make)
+    assert run.main([*asked, "--out", str(out)]) == 0
+    assert figures(read(out)) == figures(read(whole))
+    assert pictures == [whole / "ratio.svg", out / "ratio.svg"]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a cell was measured again")
+
+    monkeypatch.setattr(Maker, "make", never)
+    assert run.main([*asked, "--out", str(out)]) == 0
+    monkeypatch.setattr(Maker, "make", make)
+    assert run.main([*asked[:-4], "--methods", "oracle", "--active", "0.5", "--out", str(out)]) == 0
+    assert len(read(out)["cells"]) == 7
+    capsys.readouterr()
+    assert run.main([*asked, "--max-tokens", "64", "--out", str(out)]) == 1
+    assert "tokens" in capsys.readouterr().err
+    assert len(read(out)["cells"]) == 7
+
+
+def test_cells_of_changed_code_are_measured_again(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "draw", lambda results, path: None)
+    asked = [*arguments, "--methods", "static,no-refine", "--active", "0.5", "--out", str(tmp_path)]
+    assert run.main(asked) == 0
+    results = read(tmp_path)
+    cell = next(cell for cell in results["cells"] if cell["method"] == "no-refine")
+    cell["identity"]["code"] = "older"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    make, made = Maker.make, []
+
+    def noting(self: Maker, method: Any, *rest: Any) -> Any:
+        made.append(method.name)
+        return make(self, method, *rest)
+
+    monkeypatch.setattr(Maker, "make", noting)
+    assert run.main(asked) == 0
+    assert made == ["no-refine"]
+    assert len(read(tmp_path)["cells"]) == 2
+
+
+def test_a_cell_holds_what_the_library_measures(arguments: list[str], tmp_path: Path) -> None:
+    from peerify import load_dense
+    from peerify.data import load_windows
+
+    assert run.main([*arguments, "--methods", "no-refine", "--active", "0.5", "--out", str(tmp_path)]) == 0
+    dense = load_dense(arguments[1])
+    calibration = load_windows([arguments[3]], dense.tokenizer, context=32, max_tokens=256)
+    for key, text in (("test", arguments[5]), ("ood", arguments[7])):
+        windows = load_windows([text], dense.tokenizer, context=32, max_tokens=128)
+        model = load_dense(arguments[1]).model
+        expected = perplexity(model, windows)
+        assert read(tmp_path)["dense"][key] == pytest.approx(expected)
+        conversion = convert(model, PeerConfig(active=0.5, refine_steps=0), calibration)
+        assert read(tmp_path)["cells"][0][key]["perplexity"] == pytest.approx(perplexity(conversion.model, windows))
+        assert read(tmp_path)["cells"][0]["spent"] == conversion.active_fraction
+
+
+def test_a_method_without_room_says_why_and_the_others_go_on(arguments: list[str], tmp_path: Path) -> None:
+    asked = ["--methods", "peerify+num_shared=40,static", "--active", "0.5", "--out", str(tmp_path)]
+    assert run.main([*arguments, *asked]) == 0
+    cells = read(tmp_path)["cells"]
+    assert "num_shared" in cells[0]["error"]
+    assert cells[1]["test"]["ratio"] > 0
+    assert "Not possible" in (tmp_path / "table.md").read_text()
+
+
+def test_wrong_use_is_refused_in_one_sentence(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for extra in (["--active", "1.5"], ["--active", "x"], ["--methods", "none"], ["--test", arguments[3]]):
+        assert run.main([*arguments, "--out", str(tmp_path / "o"), *extra]) == 2
+        assert extra[0] in capsys.readouterr().err
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "results.json").write_text("[]")
+    assert run.main([*arguments, "--methods", "static", "--out", str(tmp_path / "o")]) == 1
+
+
+def made_up_results(methods: int) -> dict[str, Any]:
+    def text() -> dict[str, float]:
+        return {"perplexity": 30.0, "ratio": math.exp(6 * random.random()), "kl": random.random()}
+
+    names = [random_text(random.randint(3, 12)).replace(" ", "-") + str(i) for i in range(methods)]
+    cells = [
+        {
+            "method": names[i],
+            "active": active,
+            "identity": {},
+            "spent": active,
+            "router": None if i == 0 else random.random() / 4,
+            "router_max": None if i == 0 else random.random() / 2,
+            "seconds": 100 * random.random(),
+            "test": text(),
+            "ood": text(),
+        }
+        for i in range(methods)
+        for active in (0.125, 0.5, 1.0)
+    ]
+    settings = {"model": "m", "texts": {"test": "a", "calibration": ["b"]}, "tokens": {"test": 5}, "context": 2}
+    return {"settings": settings, "dense": {"test": 20.0, "ood": 30.0}, "cells": cells}
+
+
+def test_the_table_is_aligned_and_complete() -> None:
+    results = made_up_results(4)
+    text = markdown(results)
+    blocks = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("\n\n")]
+    tables = [block for block in blocks if block]
+    assert [len(block) for block in tables] == [2 + 4, 2 + 12]
+    for block in tables:
+        assert len({len(line) for line in block}) == 1
+        assert len({line.count("|") for line in block}) == 1
+    for cell in results["cells"]:
+        assert f"{cell['test']['kl']:.4f}" in text
+
+
+def test_the_picture_has_every_method_and_is_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from plot import draw
+
+    results = made_up_results(3)
+    results["cells"].append({"method": "broken", "active": 0.5, "identity": {}, "error": "no room"})
+    for name in ("a.svg", "b.svg"):
+        draw(results, tmp_path / name)
+    picture = (tmp_path / "a.svg").read_text()
+    assert picture == (tmp_path / "b.svg").read_text()
+    for cell in results["cells"]:
+        assert (cell["method"] in picture) is ("error" not in cell)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "results.json"
+    matrix.write_whole(path, "first")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matrix.os, "replace", fail)
+    with pytest.raises(matrix.OutputError, match="No space left"):
+        matrix.write_whole(path, "second")
+    assert path.read_text() == "first"
