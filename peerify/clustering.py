@@ -28,6 +28,8 @@ def arrange(points_nz: Tensor, num_heads: int, grid: tuple[int, int], seed: int)
         order (n,): the point in cell i is ``points_nz[order[i]]``.
     """
     count, (rows, columns) = len(points_nz), grid
+    if rows == 1 and num_heads == 1:
+        return torch.arange(count)  # a key for each: the order is free
     capacities = [min(columns, max(0, count - start)) for start in range(0, num_heads * rows * columns, columns)]
     generator = torch.Generator().manual_seed(seed)
     order = _bisect(points_nz, torch.arange(count), [c for c in capacities if c], generator)

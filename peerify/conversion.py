@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peerify.allocation import allocate, sensitivities
 from peerify.calibration import Batch, SiteData, token_batches, walk
 from peerify.clustering import arrange
-from peerify.feedforward import FeedForward, Site, find_feedforwards, read_feedforward, replace, select_sites
+from peerify.dense import FeedForward, read_feedforward, replace
+from peerify.errors import ConversionError
+from peerify.feedforward import Site, calibrated_feedforwards, select_sites
 from peerify.modeling_peer import FORMAT, PEER, adopt
-from peerify.plan import plan_layer
+from peerify.plan import plan_layer, splits
 from peerify.recipe import PeerConfig
+from peerify.refine import refine_router
 from peerify.refit import fit_outputs, relative_error
 from peerify.router import RouterFit, fill_keys, fit_router, points
 
+# A neuron with a peak above this (RouterFit.peak_f) is always on: models keep a few whose rare, huge values hold up all
+# of their attention, and a router that misses one of them once spoils a whole window. They are less than 1 %.
+PEAK = 1.5
+MOST_SHARED = 0.02  # of the neurons
 PROBE_TOKENS = 2048  # enough to tell which projection re-ranks better
 
 Progress = Callable[[str, int, int], None]
@@ -63,9 +71,18 @@ def convert(
         ConversionError: nothing to convert, a layer has no room for what `config` asks, or activations are not finite.
     """
     start = time.perf_counter()
-    sites = select_sites(find_feedforwards(model), config.layers)
-    plans = {site.path: _plan(model, site, config) for site in sites}
+    if any(hasattr(module, "get_delta_weight") for module in model.modules()):
+        raise ConversionError(
+            "the model holds LoRA adapters, which a converted model could not be loaded with: merge them first, "
+            "model = peft_model.merge_and_unload()"
+        )
     batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
+    sites = select_sites(calibrated_feedforwards(model, batches[0]), config.layers)
+    if progress:
+        progress("Converting layers", 0, len(sites))
+    configs = _allocated(model, sites, batches, config, progress)
+    sites = [site for site in sites if site.path in configs]
+    plans = {site.path: _plan(model, site, configs[site.path]) for site in sites}
     errors: dict[str, float] = {}
     layers: list[PEER] = []
     for data in walk(model, sites, batches):
@@ -73,7 +90,7 @@ def convert(
         if progress:
             progress("Converting layers", len(errors), len(sites))
         ff = read_feedforward(model, data.site)
-        layer, plans[path], errors[path] = convert_layer(ff, plans[path], data, config)
+        layer, plans[path], errors[path] = convert_layer(ff, data, configs[path])
         parameter = next(model.get_submodule(path).parameters())
         replace(model, data.site, layer.to(parameter.device, parameter.dtype))
         layers.append(layer)
@@ -93,26 +110,28 @@ def convert(
 
 
 @torch.no_grad()
-def convert_layer(
-    ff: FeedForward, plan: dict[str, Any], data: SiteData, config: PeerConfig
-) -> tuple[PEER, dict[str, Any], float]:
+def convert_layer(ff: FeedForward, data: SiteData, config: PeerConfig) -> tuple[PEER, dict[str, Any], float]:
     """One dense layer as a PEER layer.
 
     Args:
         ff: the dense layer.
-        plan: keyword arguments of `PEER`; rerank may still be "auto".
         data: what the layer sees on the calibration data.
 
     Returns:
-        The layer, its final keyword arguments, and its relative output error on the data.
+        The layer, its keyword arguments, and its relative output error on the data.
         `data.converted_td` is set.
     """
     ff = ff.to(data.x_td.device, torch.float32)
     fit = fit_router(ff, data.x_td)
+    if config.num_shared is None and config.active not in (None, 1.0) and not config.expanded().share_pool:
+        count = min(int((fit.peak_f > PEAK).sum()), int(MOST_SHARED * data.site.d_ff))
+        config = config.model_copy(update={"num_shared": count})
+    plan = _plan_for(ff, data.site, config)
     neuron_n, share_n = _experts(fit, plan, config.seed)
     layer = _build(ff, plan, fit, neuron_n, share_n)
     if plan["rerank"] is not None:
-        plan = {**plan, "rerank": _choose_probe(layer, plan["rerank"], fit, neuron_n, data)}
+        plan = plan | _choose(layer, plan["rerank"], splits(config, plan), fit, neuron_n, data)
+    refine_router(layer, data.x_td, steps=config.refine_steps, seed=config.seed)
     target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
     inexact = layer.gates != "unit" or layer.topk < layer.num_experts - layer.num_shared
     data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and inexact)
@@ -133,10 +152,31 @@ def exact_layer(ff: FeedForward, site: Site) -> tuple[PEER, dict[str, Any]]:
     return layer.eval(), plan
 
 
+def _allocated(
+    model: nn.Module, sites: list[Site], batches: list[Batch], config: PeerConfig, progress: Progress | None
+) -> dict[str, PeerConfig]:
+    """The configuration of each layer that is to be converted: with an active share of its own where they differ."""
+    if config.allocation == "uniform" or config.active in (None, 1.0) or len(sites) == 1:
+        return {site.path: config for site in sites}
+    quick = config.model_copy(update={"refit": False, "refine_steps": 0})
+
+    def build(data: SiteData) -> tuple[PEER, float]:
+        ff = read_feedforward(model, data.site)
+        layer, _, _ = convert_layer(ff, data, quick)
+        return layer, layer.active_fraction
+
+    k = sensitivities(model, sites, batches, build, progress)
+    cost = {site.path: float(site.d_model * site.d_ff) for site in sites}
+    assert config.active is not None
+    shares = allocate(k, cost, config.active)
+    return {path: config.model_copy(update={"active": share}) for path, share in shares.items()}
+
+
 def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
     """Which neuron each expert copies, shared ones first, and which share of the neuron's output it carries.
 
-    Fewer experts than neurons: those of largest mean importance stay. More: the most important are split equally.
+    Shared are those with peaks, then those of largest mean importance. Fewer experts than neurons: those of largest
+    mean importance stay. More: the most important are split equally.
     """
     wanted, d_ff = plan["num_experts"], len(fit.mean_score_f)
     ranked = fit.mean_score_f.argsort(descending=True, stable=True)
@@ -144,6 +184,8 @@ def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, T
     copies_f[ranked] = wanted // d_ff
     copies_f[ranked[: wanted % d_ff]] += 1
     neuron_n = ranked.repeat_interleave(copies_f[ranked])
+    peaks_n = torch.where(fit.peak_f > PEAK, fit.peak_f, 0.0)[neuron_n]
+    neuron_n = neuron_n[peaks_n.argsort(descending=True, stable=True)]
     shared, routed = neuron_n.split([plan["num_shared"], wanted - plan["num_shared"]])
     order = arrange(
         points(fit)[routed].cpu(), 1 if plan["share_pool"] else plan["num_heads"], tuple(plan["grid"]), seed
@@ -184,23 +226,35 @@ def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
     return torch.stack(parts) / v_nd.norm(dim=1).clamp_min(torch.finfo(v_nd.dtype).tiny) * heads**0.5
 
 
-def _choose_probe(layer: PEER, wanted: str, fit: RouterFit, neuron_n: Tensor, data: SiteData) -> str:
-    """Set the projection that re-ranks candidates: `wanted`, or under "auto" the one with the smaller output error."""
-    options = list(fit.probe_scale_f) if wanted == "auto" else [wanted]
+def _choose(
+    layer: PEER, rerank: str, splits: list[tuple[int, int]], fit: RouterFit, neuron_n: Tensor, data: SiteData
+) -> dict[str, Any]:
+    """Set the projection that re-ranks and the split of compute that give the smallest output error.
+
+    Args:
+        rerank: "gate", "up", or "auto" for the better one.
+        splits: (topk, candidates) per head to choose from.
+
+    Returns:
+        The choice, as keyword arguments of `PEER`.
+    """
+    probes = list(fit.probe_scale_f) if rerank == "auto" else [rerank]
+    options = [(probe, *split) for split in splits for probe in probes]
     step = max(1, len(data.x_td) // PROBE_TOKENS)
 
-    def use(option: str) -> None:
-        layer.pool.rerank = option
+    def use(probe: str, topk: int, candidates: int) -> None:
+        layer.set_budget(topk, candidates)
+        layer.pool.rerank = probe
         assert layer.pool.rerank_scale is not None
-        layer.pool.rerank_scale.copy_(fit.probe_scale_f[option][neuron_n])
+        layer.pool.rerank_scale.data.copy_(fit.probe_scale_f[probe][neuron_n])
 
-    def error(option: str) -> float:
-        use(option)
+    def error(option: tuple[str, int, int]) -> float:
+        use(*option)
         return relative_error(layer(data.x_td[::step]), data.y_td[::step])
 
     best = min(options, key=error) if len(options) > 1 else options[0]
-    use(best)
-    return best
+    use(*best)
+    return dict(zip(("rerank", "topk", "candidates"), best, strict=True))
 
 
 def _plan(model: nn.Module, site: Site, config: PeerConfig) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -36,13 +37,23 @@ from transformers.models.auto import configuration_auto
 FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 
 
+def best(score: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the `k` largest along the last dimension, in no order."""
+    if score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        place = score.shape[-1] - k
+        index = np.argpartition(score.detach().numpy(), place, axis=-1)  # several times as fast as topk
+        return torch.from_numpy(index[..., place:].copy())
+    return score.topk(k, dim=-1, sorted=False).indices
+
+
 class ProductKeys(nn.Module):
     """Product-key retrieval: the best-scoring cells of one grid per head.
 
     Heads that share the pool (the paper) all search the same `grid`; otherwise head h owns the experts
     h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end; they are never retrieved.
-    The query is x itself (`query_dim=None`: sub-keys live in the model's space), or a projection of x for each head
-    whose halves meet row and column keys (the paper).
+    The query is x itself (`query_dim=None`: sub-keys live in the model's space), a projection of x for each head whose
+    halves meet row and column keys (the paper), or one low-rank projection of x that all sub-keys of all heads meet
+    (`share_query`). A grid of one row makes its columns plain keys: every cell has a key of its own.
     """
 
     def __init__(
@@ -57,10 +68,11 @@ class ProductKeys(nn.Module):
         query_dim: int | None,
         query_norm: bool,
         key_bias: bool,
+        share_query: bool = False,
     ) -> None:
         super().__init__()
         self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
-        self.share_pool = share_pool
+        self.share_pool, self.share_query = share_pool, share_query
         rows, columns = self.grid
         spare = (1 if share_pool else num_heads) * rows * columns - num_keys
         if not 0 <= spare < rows * columns:
@@ -70,19 +82,20 @@ class ProductKeys(nn.Module):
             )
         # Cells fill row by row, so only the last grid has rows that are empty or partly filled.
         self.full_rows, self.tail = divmod(rows * columns - spare, columns)
-        if share_keys and num_heads > 1 and query_dim is None:
-            raise ValueError("share_keys needs a query of its own for each head: give query_dim")
+        if share_keys and num_heads > 1 and (query_dim is None or share_query):
+            raise ValueError("share_keys needs a query of its own for each head: give query_dim, not share_query")
         self.query_proj: nn.Linear | None = None
         self.query_norm: nn.BatchNorm1d | None = None
         key_dim = d_model
         if query_dim is not None:
-            if query_dim % 2:
+            if query_dim % 2 and not share_query:
                 raise ValueError(f"query_dim {query_dim} must be even: its halves meet row and column keys")
-            self.query_proj = nn.Linear(d_model, num_heads * query_dim, bias=False)
-            key_dim = query_dim // 2
-            self.query_norm = nn.BatchNorm1d(num_heads * query_dim) if query_norm else None
-        elif query_norm:
-            raise ValueError("query_norm normalises a projected query: give query_dim as well")
+            queries = query_dim * (1 if share_query else num_heads)
+            self.query_proj = nn.Linear(d_model, queries, bias=False)
+            key_dim = query_dim if share_query else query_dim // 2
+            self.query_norm = nn.BatchNorm1d(queries) if query_norm else None
+        elif query_norm or share_query:
+            raise ValueError("query_norm and share_query are for projected queries: give query_dim as well")
         key_heads = 1 if share_keys else num_heads
         self.sub_keys = nn.Parameter(torch.empty(key_heads, rows + columns, key_dim))
         self.sub_key_bias = nn.Parameter(torch.empty(key_heads, rows + columns)) if key_bias else None
@@ -108,7 +121,7 @@ class ProductKeys(nn.Module):
                 query = F.batch_norm(query, norm.running_mean, norm.running_var, norm.weight, norm.bias)
             else:
                 query = self.query_norm(query)
-        if self.query_proj is None:
+        if self.query_proj is None or self.share_query:
             score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, len(self.sub_keys), sum(self.grid))
         else:
             half_th2r = query.view(tokens, heads, 2, self.sub_keys.shape[-1])
@@ -138,8 +151,8 @@ class ProductKeys(nn.Module):
         if joint:
             index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]
         if score_thc.shape[-1] > topk:
-            score_thc, best = score_thc.topk(topk, dim=-1, sorted=False)
-            index_thc = index_thc.gather(-1, best)
+            kept_thc = best(score_thc, topk)
+            score_thc, index_thc = score_thc.gather(-1, kept_thc), index_thc.gather(-1, kept_thc)
         return index_thc, score_thc
 
     def _candidates(
@@ -180,6 +193,17 @@ class ProductKeys(nn.Module):
         return index_thc, score_thc
 
 
+class Retrieved(NamedTuple):
+    """What product keys found for each token."""
+
+    index_tc: torch.Tensor
+    """Candidates."""
+    weight_tc: torch.Tensor
+    """Their gate values; 0 leaves a candidate out."""
+    score_tc: torch.Tensor | None
+    """Their scores; None where several heads search one pool, so that an expert may have several."""
+
+
 class ExpertPool(nn.Module):
     """The tables of single-neuron experts, and their evaluation for given indices.
 
@@ -188,10 +212,9 @@ class ExpertPool(nn.Module):
     `num_shared` experts take part for every token.
 
     With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
-    contribution |a_i| ||v_i|| is largest are evaluated in full.
+    contribution |a_i| ||v_i|| is largest are evaluated in full. The estimate of its logarithm is
+    log |probed factor| + log rerank_scale + rerank_slope * retrieval score: the score speaks for the other factor.
     """
-
-    rerank_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -218,8 +241,10 @@ class ExpertPool(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
         self.u_bias = nn.Parameter(torch.empty(num_experts)) if expert_bias else None
         self.gate_bias = nn.Parameter(torch.empty(num_experts)) if gated and gate_bias else None
-        # What one unit of the probing projection is worth: E|other factor| ||v_i||.
-        self.register_buffer("rerank_scale", torch.empty(num_experts) if rerank else None)
+        # What one unit of the probing projection is worth, E|other factor| ||v_i||. Parameters, though no gradient
+        # reaches them: what loads and offloads weights piece by piece may pass buffers over.
+        self.rerank_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank else None
+        self.rerank_slope = nn.Parameter(torch.empty(1), requires_grad=False) if rerank else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -232,33 +257,28 @@ class ExpertPool(nn.Module):
                 init.zeros_(bias)
         if self.rerank_scale is not None:
             init.ones_(self.rerank_scale)
+        if self.rerank_slope is not None:
+            init.zeros_(self.rerank_slope)
 
-    def forward(
-        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
-    ) -> torch.Tensor:
+    def forward(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
         """Weighted sum of experts, (t, d).
 
         Args:
             x_td: tokens.
-            index_tc: candidates of each token; None: all experts, each with weight 1.
-            weight_tc: gate values of the candidates; 0 leaves a candidate out.
+            found: candidates of each token; None: all experts, each with weight 1.
             keep: how many candidates are evaluated in full (all of them, unless `rerank`).
         """
         # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
-        if index_tc is not None and weight_tc is not None and 3 * index_tc.numel() < self.u.shape[0]:
-            return self._gathered(x_td, index_tc, weight_tc, keep)
-        return self.activations(x_td, index_tc, weight_tc, keep) @ self.v
+        if found is not None and 3 * found.index_tc.numel() < self.u.shape[0]:
+            return self._gathered(x_td, found, keep)
+        return self.activations(x_td, found, keep) @ self.v
 
-    def weights(
-        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
-    ) -> torch.Tensor:
+    def weights(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
         """Gate values (t, n) of the experts that `forward` evaluates in full, 0 for all others."""
         probe_tn = None if self.rerank is None else F.linear(x_td, *self._probed())
-        return self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
+        return self._spread(x_td, found, probe_tn, keep)
 
-    def activations(
-        self, x_td: torch.Tensor, index_tc: torch.Tensor | None, weight_tc: torch.Tensor | None, keep: int
-    ) -> torch.Tensor:
+    def activations(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
         """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not retrieved.
 
         All experts by dense products: for many tokens and few experts.
@@ -266,22 +286,22 @@ class ExpertPool(nn.Module):
         u_tn = F.linear(x_td, self.u, self.u_bias)
         gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
         a_tn = self._activate(u_tn, gate_tn)
-        if index_tc is not None or keep < self.u.shape[0] - self.num_shared:
-            probe_tn = gate_tn if self.rerank == "gate" else u_tn
-            a_tn = a_tn * self._spread(x_td, index_tc, weight_tc, probe_tn, keep)
+        if found is not None or keep < self.u.shape[0] - self.num_shared:
+            a_tn = a_tn * self._spread(x_td, found, gate_tn if self.rerank == "gate" else u_tn, keep)
         return a_tn
 
-    def _gathered(self, x_td: torch.Tensor, index_tc: torch.Tensor, weight_tc: torch.Tensor, keep: int) -> torch.Tensor:
+    def _gathered(self, x_td: torch.Tensor, found: Retrieved, keep: int) -> torch.Tensor:
         """Only the candidates' rows are read: for few tokens or many experts."""
+        index_tc, weight_tc, score_tc = found
 
         def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
             y = torch.einsum("td,tcd->tc", x_td, table[index])
             return y if bias is None else y + bias[index]
 
-        if self.rerank is not None and keep < index_tc.shape[1]:
-            assert self.rerank_scale is not None
-            size_tc = self._size(project(*self._probed(), index_tc)) * self.rerank_scale[index_tc]
-            best_tk = (size_tc * weight_tc.detach().abs()).topk(keep, dim=1, sorted=False).indices
+        if self.rerank_scale is not None and keep < index_tc.shape[1]:
+            probe_tc = project(*self._probed(), index_tc)
+            worth_tc = self.worth(probe_tc, weight_tc, score_tc, self.rerank_scale[index_tc])
+            best_tk = best(worth_tc, keep)
             index_tc, weight_tc = index_tc.gather(1, best_tk), weight_tc.gather(1, best_tk)
         if self.num_shared:
             shared = torch.arange(self.num_shared, device=x_td.device).expand(x_td.shape[0], -1)
@@ -291,6 +311,22 @@ class ExpertPool(nn.Module):
         gate_tk = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
         a_tk = self._activate(u_tk, gate_tk) * weight_tc.to(x_td.dtype)
         return torch.einsum("tk,tkd->td", a_tk, self.v[index_tc])
+
+    @torch.no_grad()
+    def worth(
+        self, probe: torch.Tensor, weight: torch.Tensor, score: torch.Tensor | None, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Logarithm of an expert's estimated contribution, to re-rank by; -inf where its weight is 0.
+
+        Args:
+            probe: its probed projection.
+            weight, score: its gate value and retrieval score.
+            scale: its `rerank_scale`.
+        """
+        size = self._size(probe)
+        size = size if size.dtype == torch.float64 else size.float()
+        worth = (size * scale * weight.abs()).log()
+        return worth if score is None or self.rerank_slope is None else worth + self.rerank_slope * score
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Table and bias of the projection that re-ranks."""
@@ -314,27 +350,25 @@ class ExpertPool(nn.Module):
         return u + self.clamp["shift"] if "shift" in self.clamp else u
 
     def _size(self, projected: torch.Tensor) -> torch.Tensor:
-        """Size of the factor of a_i that the probing projection determines; no gradient: it only selects."""
-        projected = projected.detach()
+        """Size of the factor of a_i that the probing projection determines."""
         return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
 
     def _spread(
-        self,
-        x_td: torch.Tensor,
-        index_tc: torch.Tensor | None,
-        weight_tc: torch.Tensor | None,
-        probe_tn: torch.Tensor | None,
-        keep: int,
+        self, x_td: torch.Tensor, found: Retrieved | None, probe_tn: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
         """Candidate weights scattered over all experts, cut to the `keep` largest where `rerank`."""
         tokens, experts, shared = x_td.shape[0], self.u.shape[0], self.num_shared
-        if index_tc is None or weight_tc is None:
+        score_tn = None
+        if found is None:
             weight_tn = x_td.new_ones(tokens, experts)
         else:
-            weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, index_tc, weight_tc.to(x_td.dtype))
+            weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, found.index_tc, found.weight_tc.to(x_td.dtype))
         if self.rerank_scale is not None and probe_tn is not None and keep < experts - shared:
-            size_tn = self._size(probe_tn) * self.rerank_scale * weight_tn.detach().abs()
-            kept_tk = size_tn[:, shared:].topk(keep, dim=1, sorted=False).indices + shared
+            if found is not None and found.score_tc is not None:
+                score_tn = torch.zeros_like(weight_tn, dtype=found.score_tc.dtype)
+                score_tn = score_tn.scatter_add(1, found.index_tc, found.score_tc.detach())
+            worth_tn = self.worth(probe_tn, weight_tn, score_tn, self.rerank_scale)
+            kept_tk = best(worth_tn[:, shared:], keep) + shared
             weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, kept_tk, 1.0)
         if shared:
             weight_tn = torch.cat([weight_tn.new_ones(tokens, shared), weight_tn[:, shared:]], dim=1)
@@ -359,7 +393,7 @@ class PEER(nn.Module):
         gates: "softmax" over what a head retrieved (paper, Algorithm 1), "sigmoid" of the score (Eq. 2), or "unit":
             exactly 1, an expert that several heads retrieve counting once. Unit gates with everything retrieved are
             the dense layer.
-        query_dim, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
+        query_dim, share_query, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
         key_bias: a bias for each sub-key.
         rerank: None, "gate" or "up": see `ExpertPool`.
         clamp: limits inside GLU experts, each optional: "gate" (gate projections at most this), "act" (their
@@ -390,6 +424,7 @@ class PEER(nn.Module):
         joint_topk: bool = False,
         gates: str = "softmax",
         query_dim: int | None = None,
+        share_query: bool = False,
         query_norm: bool = False,
         key_bias: bool = False,
         rerank: str | None = None,
@@ -409,14 +444,9 @@ class PEER(nn.Module):
         self.d_model, self.num_experts, self.num_heads, self.num_shared = d_model, num_experts, num_heads, num_shared
         self.share_pool, self.joint_topk, self.gates = share_pool, joint_topk, gates
         self.d_ff = num_experts if d_ff is None else d_ff
-        num_keys = num_experts - num_shared
-        # In all heads together; `_per_head` is what one call of the retrieval is asked for.
-        self.candidates = min(num_heads * candidates, num_keys)
-        self.topk = min(num_heads * topk, num_keys)
-        self._per_head = self.candidates if joint_topk else min(candidates, grid[0] * grid[1])
         self.keys = ProductKeys(
             d_model,
-            num_keys,
+            num_experts - num_shared,
             grid,
             num_heads,
             share_pool=share_pool,
@@ -424,6 +454,7 @@ class PEER(nn.Module):
             query_dim=query_dim,
             query_norm=query_norm,
             key_bias=key_bias,
+            share_query=share_query,
         )
         self.pool = ExpertPool(
             d_model,
@@ -437,6 +468,15 @@ class PEER(nn.Module):
             clamp=clamp,
         )
         self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
+        self.set_budget(topk, candidates)
+
+    def set_budget(self, topk: int, candidates: int) -> None:
+        """Experts evaluated in full and retrieved for each head."""
+        rows, columns = self.keys.grid
+        # In all heads together; `_per_head` is what one call of the retrieval is asked for.
+        self.candidates = min(self.num_heads * candidates, self.keys.num_keys)
+        self.topk = min(self.num_heads * topk, self.keys.num_keys)
+        self._per_head = self.candidates if self.joint_topk else min(candidates, rows * columns)
 
     def reset_parameters(self) -> None:
         """Random initialisation; leaves weights alone that transformers has already loaded."""
@@ -448,24 +488,24 @@ class PEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        y_td = self.pool(x_td, *self._retrieve(x_td), self.topk)
+        y_td = self.pool(x_td, self._retrieve(x_td), self.topk)
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)
 
     def activations(self, x_td: torch.Tensor) -> torch.Tensor:
         """What multiplies each expert's output vector, (t, n): 0 for experts that are not evaluated in full."""
-        return self.pool.activations(x_td, *self._retrieve(x_td), self.topk)
+        return self.pool.activations(x_td, self._retrieve(x_td), self.topk)
 
     @torch.no_grad()
     def active_experts(self, x_td: torch.Tensor) -> torch.Tensor:
         """Which experts are evaluated in full for each token: bool (t, n)."""
-        return self.pool.weights(x_td, *self._retrieve(x_td), self.topk) != 0
+        return self.pool.weights(x_td, self._retrieve(x_td), self.topk) != 0
 
-    def _retrieve(self, x_td: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Candidates and their gate values, each (t, c); (None, None): all experts, each with weight 1."""
+    def _retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
+        """Candidates of each token; None: all experts, each with weight 1."""
         if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
-            return None, None
+            return None
         index_thc, score_thc = self.keys(x_td, self._per_head, self.joint_topk)
         found_thc = score_thc > -math.inf
         if self.gates == "softmax":
@@ -488,7 +528,9 @@ class PEER(nn.Module):
                 weight_tc = torch.zeros_like(weight_tc).scatter_add(1, first_mention_tc.cummax(1).values, weight_tc)
             weight_tc = weight_tc.masked_fill(~first_tc, 0.0)
             index_tc = index_tc.clamp_min(0)
-        return index_tc + self.num_shared, weight_tc
+        one_score = not self.share_pool or self.num_heads == 1
+        score_tc = score_thc.masked_fill(~found_thc, 0.0).flatten(1) if one_score else None
+        return Retrieved(index_tc + self.num_shared, weight_tc, score_tc)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -8,13 +8,17 @@ from typing import Any
 from peerify.errors import ConversionError
 from peerify.recipe import PeerConfig
 
-# Multiply-adds of the sub-keys as a share of those of the experts they retrieve: below it, retrieval stays cheap.
-ROUTER_SHARE = 0.2
+# Multiply-adds of queries and sub-keys as a share of those of the experts they retrieve: retrieval stays cheap. Whole
+# experts round the compute that is really spent down, and a quarter shall not be passed.
+ROUTER_SHARE = 0.245
+# A low-rank query of at least d_model over this: with keys of their own for all experts (a grid of one row), it
+# retrieves better than product keys of as many multiply-adds. More experts leave less rank, and product keys win.
+LEAST_RANK = 16
 # Cells of one head's grid: with fewer, a + b sub-keys are hardly fewer than the a * b experts they stand for.
 SMALLEST_GRID = 48
 # Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
-# fewer experts evaluated in full; these splits had the smallest output error.
-CANDIDATES = {3: 1.5, 2: 4 / 3}
+# fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
+CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
 
 
 def plan_layer(
@@ -39,10 +43,11 @@ def plan_layer(
     config = config.expanded()
     vectors = 3 if gated else 2
     num_experts = config.num_experts or d_ff
-    routed = num_experts - config.num_shared
+    num_shared = config.num_shared or 0
+    routed = num_experts - num_shared
     if routed < 1:
         raise ConversionError(
-            f"{path}: num_shared {config.num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
+            f"{path}: num_shared {num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
         )
     gates = config.gates or "unit"
     share_pool = bool(config.share_pool)
@@ -54,21 +59,25 @@ def plan_layer(
     # The compute asked for, in multiply-adds per d_model: one projection of one expert is 1.
     compute = None
     if config.active is not None:
-        compute = config.active * vectors * d_ff - vectors * config.num_shared
+        compute = config.active * vectors * d_ff - vectors * num_shared
         if compute < vectors:
             raise ConversionError(
-                f"{path}: active {config.active} of {d_ff} neurons is less than the {config.num_shared} always-on "
+                f"{path}: active {config.active} of {d_ff} neurons is less than the {num_shared} always-on "
                 "experts and one more: raise active or lower num_shared"
             )
     else:
         per_head = (config.candidates or 0) + (vectors - 1) * (config.topk or 0) or 1
         compute_guess = (config.num_heads or 8) * per_head
     key_budget = ROUTER_SHARE * (compute if compute is not None else compute_guess)
-    num_heads, grid = _grid(config, path, routed, share_pool, key_budget)
+    rank = int(key_budget * d_model / (d_model + routed + 1))
+    given = (config.num_heads, config.grid, config.query_dim, config.query_norm)
+    low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
+    num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
 
     topk, candidates = config.topk, config.candidates
     if compute is not None:
-        topk, candidates = _split(compute, routed, num_heads, vectors if rerank else None, vectors)
+        share = CANDIDATES[vectors][0] if rerank else None
+        topk, candidates = _split(compute, routed, num_heads, share, vectors)
     assert topk is not None
     candidates = candidates or topk
     cells = routed if share_pool else math.ceil(routed / num_heads)
@@ -79,7 +88,7 @@ def plan_layer(
         )
     if candidates == topk:
         rerank = None
-    query_dim = config.query_dim
+    query_dim = min(rank, d_model) if low_rank else config.query_dim
     if query_dim is None and (config.share_keys or config.query_norm):
         query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
     return {
@@ -94,12 +103,13 @@ def plan_layer(
         "expert_bias": expert_bias,
         "gate_bias": gate_bias,
         "output_bias": output_bias,
-        "num_shared": config.num_shared,
+        "num_shared": num_shared,
         "share_pool": share_pool,
         "share_keys": bool(config.share_keys),
         "joint_topk": joint_topk,
         "gates": gates,
         "query_dim": query_dim,
+        "share_query": low_rank or bool(config.share_query),
         "query_norm": bool(config.query_norm),
         "key_bias": not config.query_norm,  # a batch norm has a bias of its own
         "rerank": rerank,
@@ -107,15 +117,29 @@ def plan_layer(
     }
 
 
-def _split(compute: float, routed: int, num_heads: int, rerank_vectors: int | None, vectors: int) -> tuple[int, int]:
-    """topk and candidates per head that spend at most `compute`, and all of it where there are experts enough."""
+def splits(config: PeerConfig, plan: dict[str, Any]) -> list[tuple[int, int]]:
+    """The (topk, candidates) per head of equal compute that the calibration data may choose from, the plan's first."""
+    if config.active is None or plan["rerank"] is None:
+        return [(plan["topk"], plan["candidates"])]
+    vectors = 3 if plan["gated"] else 2
+    compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"]
+    routed = plan["num_experts"] - plan["num_shared"]
+    found = [_split(compute, routed, plan["num_heads"], share, vectors) for share in CANDIDATES[vectors]]
+    return list(dict.fromkeys(found))
+
+
+def _split(compute: float, routed: int, num_heads: int, share: float | None, vectors: int) -> tuple[int, int]:
+    """topk and candidates per head that spend at most `compute`, and all of it where there are experts enough.
+
+    `share` is that of candidates, per expert that `compute` pays for; None: without re-ranking.
+    """
     everything = math.ceil(routed / num_heads)
     if compute >= vectors * routed:
         return everything, everything
-    if rerank_vectors is None:
+    if share is None:
         topk = max(1, int(compute / vectors / num_heads))
         return topk, topk
-    wanted = min(routed, CANDIDATES[vectors] * compute / vectors)
+    wanted = min(routed, share * compute / vectors)
     candidates = everything if wanted == routed else round(wanted / num_heads)
     candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
     spent = min(num_heads * candidates, routed)

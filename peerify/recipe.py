@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from peerify.errors import UsageError
+from peerify.training.config import TrainConfig
 from peerify.yamlfile import flatten, nest, parse_overrides, read_mapping
 
 _RULES = ConfigDict(
@@ -31,6 +35,7 @@ class PeerConfig(BaseModel):
         "joint_topk": False,
         "share_pool": True,
         "share_keys": True,
+        "share_query": False,
         "query_norm": True,
         "rerank": "none",
         "num_shared": 0,
@@ -41,6 +46,9 @@ class PeerConfig(BaseModel):
 
     active: float | None = Field(default=0.5, gt=0, le=1)
     """Share of the dense layer's compute spent on experts per token; not together with topk or candidates."""
+
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    """Active share of each layer: the same for all, or more where errors cost more, at the same total."""
 
     preset: Literal["peer-paper"] | None = None
     """peer-paper: the PEER paper's own layer (Algorithm 1: shared keys, softmax gates, query batch norm)."""
@@ -72,11 +80,14 @@ class PeerConfig(BaseModel):
     share_keys: bool | None = None
     """All heads use the same sub-keys (the paper); needs share_pool."""
 
-    num_shared: int = Field(default=0, ge=0)
-    """Experts that are always on, outside the retrieval; counted in num_experts."""
+    num_shared: int | None = Field(default=None, ge=0)
+    """Always-on experts, counted in num_experts; by default those whose peaks dwarf a whole token's activations."""
 
     query_dim: int | None = Field(default=None, ge=2, multiple_of=2)
     """Length of a query; its two halves meet the two sets of sub-keys."""
+
+    share_query: bool | None = None
+    """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head."""
 
     query_norm: bool | None = None
     """Batch norm on the queries (the paper)."""
@@ -86,6 +97,9 @@ class PeerConfig(BaseModel):
 
     refit: bool = True
     """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""
+
+    refine_steps: int | None = Field(default=None, ge=0)
+    """Gradient steps that refine each layer's router after its closed-form fit; by default one pass over the text."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random; the same seed gives the same bytes."""
@@ -141,13 +155,15 @@ class PeerConfig(BaseModel):
             )
         if self.share_keys and self.share_pool is False:
             return "share_keys needs share_pool: heads with parts of their own have keys of their own"
+        if self.share_query and (self.share_keys or self.query_norm or self.query_dim is None):
+            return "share_query needs query_dim, and goes neither with share_keys nor with query_norm"
         if self.joint_topk and self.share_pool:
             return "joint_topk is for heads with parts of their own: it does not go with share_pool"
         if self.num_experts is None:
             return None
         if self.grid and self.share_pool and self.grid[0] * self.grid[1] < self.num_experts:
             return f"a grid of {self.grid[0]} x {self.grid[1]} has no room for {self.num_experts} experts"
-        if self.num_shared > self.num_experts:
+        if (self.num_shared or 0) > self.num_experts:
             return f"num_shared ({self.num_shared}) is above num_experts ({self.num_experts})"
         wanted = (self.num_heads or 1) * (self.candidates or self.topk or 0)
         if wanted > self.num_experts:
@@ -190,6 +206,39 @@ class CalibrationConfig(BaseModel):
         return [self.data] if isinstance(self.data, str) else list(self.data or [])
 
 
+class HubConfig(BaseModel):
+    """Where and how the model is published."""
+
+    model_config = _RULES
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the Hugging Face Hub, user/name."""
+
+    private: bool | None = None
+    """Visibility of a repository that does not exist yet; one that exists must have it already."""
+
+    revision: str | None = None
+    """Branch to push to, made if need be; by default main."""
+
+    tag: str | None = None
+    """Name for the pushed commit, set once the model was loaded back from it."""
+
+    create_pr: bool = False
+    """Open a pull request against main instead of committing to it."""
+
+    message: str | None = Field(default=None, min_length=1)
+    """Title of the commit."""
+
+    include: list[str] = []
+    """Patterns of file names to send, instead of all that belong to the model."""
+
+    exclude: list[str] = []
+    """Patterns of file names to leave out."""
+
+    every: int | None = Field(default=None, ge=1)
+    """While training, also push every N-th checkpoint, to the branch `checkpoints` unless revision names one."""
+
+
 class Recipe(BaseModel):
     """Everything one conversion needs. Relative paths start at the working directory."""
 
@@ -210,6 +259,12 @@ class Recipe(BaseModel):
     calibration: CalibrationConfig = CalibrationConfig()
     """The calibration text."""
 
+    train: TrainConfig | None = None
+    """Continued training of what was converted."""
+
+    hub: HubConfig | None = None
+    """Publishing, by `peerify push` and while training."""
+
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
@@ -224,6 +279,13 @@ class Recipe(BaseModel):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the input model."""
+
+    @field_validator("output")
+    @classmethod
+    def _refuse_gguf(cls, output: str) -> str:
+        if output.lower().endswith(".gguf"):
+            raise ValueError("a PEER model cannot be written as GGUF: llama.cpp has no PEER layer; name a folder")
+        return output
 
     @field_validator("convert", "calibration", mode="before")
     @classmethod
@@ -266,38 +328,66 @@ class Recipe(BaseModel):
             raise UsageError(_one_sentence(error, origins, str(path) if path else None)) from None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"convert": PeerConfig, "calibration": CalibrationConfig}
+@cache
+def _schema() -> dict[str, FieldInfo]:
+    """Every dotted key, sections included, in order; elements of lists without their number."""
+
+    def walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
+        found = {}
+        for name, field in model.model_fields.items():
+            found[prefix + name] = field
+            inner = _model_in(field.annotation)
+            found |= walk(inner, f"{prefix}{name}.") if inner else {}
+        return found
+
+    return walk(Recipe, "")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section behind `Section`, `Section | None` and `list[Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
+
+
+def _is_section(key: str) -> bool:
+    return key in _schema() and _model_in(_schema()[key].annotation) is not None
+
+
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
 def valid_keys() -> list[str]:
     """Every dotted key a recipe may hold, in order."""
-    keys = []
-    for name in Recipe.model_fields:
-        section = _SECTIONS.get(name)
-        keys += [f"{name}.{inner}" for inner in section.model_fields] if section else [name]
-    return keys
+    return [key for key in _schema() if not _is_section(key)]
 
 
 def describe(key: str) -> str:
     """The documentation of one dotted key, the only place it is written."""
-    section, _, name = key.rpartition(".")
-    return str((_SECTIONS[section] if section else Recipe).model_fields[name].description)
+    return str(_schema()[_unnumbered(key)].description)
 
 
 def _one_sentence(error: ValidationError, origins: Mapping[str, str], path: str | None) -> str:
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location[: 2 if location[0] in _SECTIONS else 1])
+    known = [n for n in range(1, len(location) + 1) if _unnumbered(".".join(location[:n])) in _schema()]
+    length = max(known, default=0) + (first["type"] == "extra_forbidden")
+    key = ".".join(location[: max(1, length)])
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     # A rule over several keys is blamed on the one said last, of those it speaks of if there are any.
-    said = {name: origin for name, origin in origins.items() if name == key or name.startswith(key + ".")}
+    said = {
+        name: origin
+        for name, origin in origins.items()
+        if name == key or name.startswith(key + ".") or key.startswith(name + ".")
+    }
     spoken_of = [origin for name, origin in said.items() if name.rpartition(".")[2] in message]
     origin = [path, *said.values(), *spoken_of][-1]
-    rule = first["type"] == "value_error" and key in _SECTIONS
+    rule = first["type"] == "value_error" and _is_section(_unnumbered(key))
     is_flag = origin is not None and origin.startswith("--") and origin != "--set"
     where = f"{origin}: " if origin else ""
-    name = "" if rule or is_flag else f"{key}: "
+    name = "" if (rule and "." not in key) or is_flag else f"{key}: "
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where}unknown key {key}; {_suggest(key)}{more}"
@@ -308,11 +398,14 @@ def _one_sentence(error: ValidationError, origins: Mapping[str, str], path: str 
 
 
 def _suggest(key: str) -> str:
-    valid = valid_keys()
-    by_name = {name.split(".")[-1]: name for name in valid}
-    near = difflib.get_close_matches(key, valid, 1, 0.8)
-    near = near or [by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, 1, 0.7)]
+    key = _unnumbered(key)
+    parent, _, name = key.rpartition(".")
+    siblings = [known for known in _schema() if known.rpartition(".")[0] == parent]
+    own = {known.rpartition(".")[2]: known for known in siblings}
+    by_name = {known.rpartition(".")[2]: known for known in reversed(valid_keys())}
+    near = [own[match] for match in difflib.get_close_matches(name, own, 1, 0.7)]
+    near = near or difflib.get_close_matches(key, valid_keys(), 1, 0.8)
+    near = near or [by_name[match] for match in difflib.get_close_matches(name, by_name, 1, 0.7)]
     if near:
         return f"did you mean {near[0]}?"
-    siblings = [name for name in valid if name.startswith(key.split(".")[0] + ".")]
     return "valid keys are " + ", ".join(siblings or Recipe.model_fields)

@@ -22,7 +22,7 @@ KEPT_ELEMENTS = 250_000_000  # of them kept (1 GB) rather than computed again
 LARGEST_GRAM = 16_384  # experts; beyond it the n x n moments (1 GB) and their factorisation cost more than they bring
 # Towards the output vectors as they are, in units of an expert's own activation energy: the best on held-out tokens.
 SHRINKAGES = (0.3, 1.0, 3.0, 10.0)
-HELD_OUT = 4  # one in so many tokens, the last ones
+HELD_OUT, RUN = 4, 512  # one in so many runs of so many tokens: from all of the text, and not from amid what is fitted
 
 
 def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) -> Tensor:
@@ -46,15 +46,18 @@ def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) ->
 
 
 def _ridge(layer: PEER, activations: Iterator[Tensor], target_td: Tensor) -> None:
-    """Ridge regression from second moments; how strongly to shrink is decided on the last tokens."""
+    """Ridge regression from second moments; how strongly to shrink is decided on held-out tokens."""
     experts, d_model = layer.num_experts, target_td.shape[1]
     gram_snn, moment_snd = target_td.new_zeros(2, experts, experts), target_td.new_zeros(2, experts, d_model)
-    start, split = 0, len(target_td) - len(target_td) // HELD_OUT
+    run = min(RUN, max(1, len(target_td) // HELD_OUT))
+    held_out_t = torch.arange(len(target_td), device=target_td.device) // run % HELD_OUT == HELD_OUT - 1
+    start = 0
     for a_tn in activations:
-        for part, held_out in ((a_tn[: max(0, split - start)], 0), (a_tn[max(0, split - start) :], 1)):
-            gram_snn[held_out].addmm_(part.T, part)
-            moment_snd[held_out].addmm_(part.T, target_td[start : start + len(part)])
-            start += len(part)
+        target, held_out = (whole[start : start + len(a_tn)] for whole in (target_td, held_out_t))
+        for part, chosen in enumerate((~held_out, held_out)):
+            gram_snn[part].addmm_(a_tn[chosen].T, a_tn[chosen])
+            moment_snd[part].addmm_(a_tn[chosen].T, target[chosen])
+        start += len(a_tn)
     v_nd = layer.pool.v.data
     if layer.gates != "unit":
         # Such gates shrink every expert: first the one factor that undoes it best, then each vector by itself.

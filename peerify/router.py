@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from peerify.clustering import two_way
-from peerify.feedforward import FeedForward
+from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
 
 CHUNK = 2048  # tokens at a time: bounds the (tokens, d_ff) activations in memory
-RIDGE = 0.1  # of the variance of an input; between 0.001 and 0.1 the retrieved neurons hardly change
+RIDGE = 0.1  # of the variance of an input; with more, rare tokens are served worse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class RouterFit:
     bias_f: Tensor
     mean_score_f: Tensor
     """Mean importance."""
+    peak_f: Tensor
+    """Largest importance, in units of what all neurons together have to say for a typical token: the median over
+    tokens of the root of their summed squares."""
     mean_d: Tensor
     """Mean input."""
     factor_dd: Tensor
@@ -45,7 +48,8 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
     norm_f = ff.v_fd.norm(dim=1)
     mean_d = x_td.mean(0)
     second_dd, cross_df = x_td.new_zeros(d_model, d_model), x_td.new_zeros(d_model, d_ff)
-    importance_f, up_f, gate_f = (x_td.new_zeros(d_ff) for _ in range(3))
+    importance_f, peak_f, up_f, gate_f = (x_td.new_zeros(d_ff) for _ in range(4))
+    sizes_t: list[Tensor] = []
     for x in x_td.split(CHUNK):
         up_tf, act_tf = ff.factors(x)
         importance_tf = (up_tf * act_tf).abs_() if act_tf is not None else up_tf.abs()
@@ -54,6 +58,8 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         second_dd.addmm_(centred.T, centred)
         cross_df.addmm_(centred.T, importance_tf)
         importance_f += importance_tf.sum(0)
+        peak_f = torch.maximum(peak_f, importance_tf.amax(0))
+        sizes_t.append(importance_tf.norm(dim=1))
         if act_tf is not None:
             up_f += up_tf.abs().sum(0)
             gate_f += act_tf.abs().sum(0)
@@ -71,6 +77,7 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         key_fd=key_fd,
         bias_f=mean_score_f - key_fd @ mean_d,
         mean_score_f=mean_score_f,
+        peak_f=peak_f / torch.cat(sizes_t).median().clamp_min(torch.finfo(x_td.dtype).tiny),
         mean_d=mean_d,
         factor_dd=factor_dd,
         probe_scale_f=scale,
@@ -111,10 +118,26 @@ def fill_keys(keys: ProductKeys, fit: RouterFit, neuron_n: Tensor, weight_hn: Te
     if keys.query_proj is None:
         keys.sub_keys.data.copy_(key_hmd)
         bias_hm = at_mean_hm - key_hmd @ fit.mean_d
+    elif keys.share_query:
+        bias_hm = at_mean_hm - _low_rank(keys, fit, key_hmd) @ fit.mean_d
     else:
         bias_hm = _project_queries(keys, fit, key_hmd, at_mean_hm)
     if keys.sub_key_bias is not None:
         keys.sub_key_bias.data.copy_(bias_hm if len(keys.sub_keys) == heads else bias_hm.mean(0, keepdim=True))
+
+
+def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor) -> Tensor:
+    """One query for all sub-keys, by truncated SVD of the scores over the data; returns the keys it stands for."""
+    assert keys.query_proj is not None
+    whitened_hmd = key_hmd @ fit.factor_dd
+    flat_md = whitened_hmd.flatten(0, 1)
+    # The right singular vectors, from the d x d Gram matrix: there may be many more sub-keys than d.
+    vector_rd = torch.linalg.eigh(flat_md.T @ flat_md).eigenvectors.T.flip(0)[: keys.query_proj.out_features]
+    query_rd = torch.linalg.solve_triangular(fit.factor_dd, vector_rd, upper=False, left=False)
+    key_hmr = whitened_hmd @ vector_rd.T
+    keys.query_proj.weight.data.copy_(query_rd)
+    keys.sub_keys.data.copy_(key_hmr)
+    return key_hmr @ query_rd
 
 
 def _project_queries(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor, at_mean_hm: Tensor) -> Tensor:

@@ -57,8 +57,10 @@ def score_of_every_cell(keys: ProductKeys, x_d: Tensor) -> Tensor:
             if (norm := keys.query_norm) is not None:
                 query = (query - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
             width = len(query) // keys.num_heads
-            query = query[h * width : (h + 1) * width]
-            row_query, column_query = query[: width // 2], query[width // 2 :]
+            row_query = column_query = query
+            if not keys.share_query:
+                query = query[h * width : (h + 1) * width]
+                row_query, column_query = query[: width // 2], query[width // 2 :]
         row = [float(key_md[a] @ row_query) for a in range(rows)]
         column = [float(key_md[rows + b] @ column_query) for b in range(columns)]
         if keys.sub_key_bias is not None:
@@ -88,6 +90,7 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
     score_hn = score_of_every_cell(layer.keys, x_d)
 
     weight: dict[int, float] = {}
+    score: dict[int, float] = {}
     if gates == "unit" and heads * candidates >= routed:  # the budget covers all experts
         weight = dict.fromkeys(range(routed), 1.0)
     else:
@@ -98,6 +101,8 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
             retrieved = [best(score_n, candidates) for score_n in score_hn]
         for score_n, found in zip(score_hn, retrieved, strict=True):
             total = sum(math.exp(score_n[i]) for i in found)
+            if heads == 1 or not options["share_pool"]:
+                score |= {i: float(score_n[i]) for i in found}
             for i in found:
                 if gates == "unit":
                     weight[i] = 1.0
@@ -120,7 +125,8 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
                 factor = act(gate(expert))
             else:
                 factor = u(expert) if options["gated"] else act(u(expert))
-            return float(abs(factor) * pool.rerank_scale[expert] * weight[i])
+            prior = math.exp(float(pool.rerank_slope) * score[i]) if score else 1.0
+            return float(abs(factor) * pool.rerank_scale[expert] * weight[i]) * prior
 
         weight = {i: weight[i] for i in sorted(weight, key=size, reverse=True)[: heads * topk]}
 
@@ -228,12 +234,14 @@ POOLS = [  # share_pool, joint_topk, heads, experts to retrieve for a grid of 3 
     (False, False, 2, 22),
     (False, True, 2, 23),
 ]
-QUERIES = [  # query_dim, share_keys, query_norm
-    (None, False, False),
-    (6, False, False),
-    (6, True, False),
-    (6, True, True),
-    (4, False, True),
+QUERIES = [  # query_dim, share_keys, query_norm, share_query
+    (None, False, False, False),
+    (6, False, False, False),
+    (6, True, False, False),
+    (6, True, True, False),
+    (4, False, True, False),
+    (3, False, False, True),
+    (4, False, True, True),
 ]
 BIASES = [(False, False, False), (True, True, True), (True, False, True)]
 
@@ -268,6 +276,7 @@ def combinations() -> list[dict[str, Any]]:
                     "gates": gates,
                     "query_dim": query[0],
                     "query_norm": query[2],
+                    "share_query": query[3],
                     "key_bias": not query[2],
                     "rerank": rerank,
                 }
@@ -293,9 +302,9 @@ def test_every_combination_is_the_formula(gates: str, seed: int) -> None:
             assert torch.allclose(layer.activations(x_td), a_tn, rtol=1e-9, atol=1e-9), about
             # An activation that is exactly 0 (gelu of -9) leaves nothing for re-ranking to tell the expert by.
             assert torch.equal(layer.active_experts(x_td) & (a_tn != 0), active_tn & (a_tn != 0)), about
-            index_tc, weight_tc = layer._retrieve(x_td)
-            if index_tc is not None:
-                gathered = layer.pool._gathered(x_td, index_tc, weight_tc, layer.topk) + bias
+            found = layer._retrieve(x_td)
+            if found is not None:
+                gathered = layer.pool._gathered(x_td, found, layer.topk) + bias
                 assert torch.allclose(gathered, y_td, rtol=1e-9, atol=1e-9), about
         # No more experts than the compute that active_fraction reports, and never fewer than the shared ones.
         active = active_tn.sum(1)
@@ -361,7 +370,7 @@ def test_gradients_are_finite_differences(case: dict[str, Any], gather: bool, tr
         y_td = torch.func.functional_call(
             _Method(layer.pool, "_gathered"),
             _below({name[5:]: value for name, value in parts.items() if name.startswith("pool.")}),
-            (x_td, *retrieved, layer.topk),
+            (x_td, retrieved, layer.topk),
         )
         return y_td if layer.bias is None else y_td + parts["bias"]
 
@@ -409,7 +418,7 @@ def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
     with torch.no_grad():
         half_td = half(x_td)
         # Rounding may change what is retrieved, never what is then computed of it.
-        weight_tn = half.pool.weights(x_td, *half._retrieve(x_td), half.topk).double()
+        weight_tn = half.pool.weights(x_td, half._retrieve(x_td), half.topk).double()
         pool, x_td = layer.pool, x_td.double()
         assert pool.gate is not None
         a_tn = pool.act(F.linear(x_td, pool.gate, pool.gate_bias)) * F.linear(x_td, pool.u, pool.u_bias)
@@ -465,10 +474,10 @@ def test_everything_retrieved_is_the_dense_layer(
         assert layer.active_experts(x_td).all()
         layer.candidates -= 1  # no shortcut: each head goes through its product keys
         routed = layer._retrieve(x_td)
-        assert routed[0] is not None
+        assert routed is not None
         torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         bias = 0 if layer.bias is None else layer.bias
-        torch.testing.assert_close(pool._gathered(x_td, *routed, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(pool._gathered(x_td, routed, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10)
 
 
 def test_duplicates_count_once_with_unit_gates(seed: int) -> None:

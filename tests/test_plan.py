@@ -84,16 +84,27 @@ def test_direct_numbers_are_kept(
     assert cells * (1 if share_pool else layer.num_heads) >= routed
 
 
-def test_default_grid_is_nearly_square_and_nearly_full() -> None:
-    """1536 neurons, as in SmolLM2-135M."""
+def test_default_router_spends_its_budget() -> None:
+    """1536 neurons, as in SmolLM2-135M: a key of low rank for each; with more experts, product keys."""
     kwargs = plan(PeerConfig(), d_model=576, d_ff=1536)
-    rows, columns = kwargs["grid"]
-    assert 0.5 <= rows / columns <= 1
-    assert rows * columns * kwargs["num_heads"] == 1536
+    assert (kwargs["grid"], kwargs["num_heads"], kwargs["share_query"]) == ([1, 1536], 1, True)
     assert kwargs["gates"] == "unit"
     assert kwargs["joint_topk"]
     layer = built(kwargs)
-    assert layer.router_fraction <= 0.2 * layer.active_fraction * 1.01
+    assert 0.23 * layer.active_fraction <= layer.router_fraction <= 0.25 * layer.active_fraction
+    kwargs = plan(PeerConfig(active=0.1, num_experts=20000), d_model=576, d_ff=1536)
+    rows, columns = kwargs["grid"]
+    assert not kwargs["share_query"]
+    assert 0.5 <= rows / columns <= 1
+    assert 20000 <= rows * columns * kwargs["num_heads"] <= 1.05 * 20000
+
+
+def test_product_keys_on_request() -> None:
+    kwargs = plan(PeerConfig(share_query=False), d_model=576, d_ff=1536)
+    rows, columns = kwargs["grid"]
+    assert 0.3 <= rows / columns <= 1
+    assert rows * columns * kwargs["num_heads"] == 1536
+    assert built(kwargs).router_fraction <= 0.25 * built(kwargs).active_fraction
 
 
 def test_options_reach_the_layer() -> None:
@@ -106,7 +117,7 @@ def test_options_reach_the_layer() -> None:
         "d_model": 96, "num_experts": 260, "grid": [10, 13], "num_heads": 2, "topk": 3, "candidates": 3,
         "activation": "silu", "gated": True, "expert_bias": True, "gate_bias": False, "output_bias": True,
         "num_shared": 0, "share_pool": False, "share_keys": False, "joint_topk": False, "gates": "sigmoid",
-        "query_dim": 10, "query_norm": True, "key_bias": False, "rerank": None, "d_ff": 256,
+        "query_dim": 10, "share_query": False, "query_norm": True, "key_bias": False, "rerank": None, "d_ff": 256,
     }  # fmt: skip
     assert kwargs == expected
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peerify.clustering import arrange, two_way
-from peerify.feedforward import FeedForward
+from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
 from peerify.router import RouterFit, fill_keys, fit_router, points
 

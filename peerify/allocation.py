@@ -1,0 +1,141 @@
+"""How much to retrieve in each layer: more where errors cost more.
+
+A layer's output error falls about as the square of what is left out, so converting layer l at active share a costs the
+model about k_l (1 - a)^2 of its loss. Losses of layers add up, to first order. Then, at a given total of multiply-adds,
+the loss is least where (1 - a_l) is proportional to cost_l / k_l, with cost_l the size of the layer (Lagrange), within
+limits; and to a given loss belongs one such total.
+
+k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peerify.calibration import Batch, SiteData, walk
+from peerify.feedforward import Site
+from peerify.modeling_peer import PEER
+
+LEAST, MOST = 0.1, 1.0  # active share of a layer
+TOKENS = 2048  # that sensitivities are measured on: 30 layers differ by much more than what the sample leaves open
+KEEP_DENSE = 0.95  # a layer that would be more active than this gains nothing from retrieval
+
+
+def sensitivities(
+    model: nn.Module,
+    sites: list[Site],
+    batches: list[Batch],
+    build: Callable[[SiteData], tuple[PEER, float]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, float]:
+    """k_l of each site by its path: mean KL divergence (nats per position) over (1 - active)^2.
+
+    Models without logits: relative squared error of their first output instead of the divergence.
+
+    Args:
+        batches: inputs; the first TOKENS tokens of them are used.
+        build: makes a converted layer of what a site sees, and says how active it is.
+    """
+    batches = _first(batches)
+    with torch.no_grad():
+        wanted = [_output(model, batch) for batch in batches]
+    found: dict[str, float] = {}
+    for data in walk(model, sites, batches):
+        if progress:
+            progress("Measuring sensitivities", len(found), len(sites))
+        layer, active = build(data)
+        with torch.no_grad(), _in_place(model, data.site, layer):
+            moved = sum(_distance(model, batch, out) for batch, out in zip(batches, wanted, strict=True))
+        found[data.site.path] = max(moved / len(batches), 1e-12) / max(1 - active, 1e-3) ** 2
+    if progress:
+        progress("Measuring sensitivities", len(sites), len(sites))
+    return found
+
+
+def allocate(k: dict[str, float], cost: dict[str, float], total: float) -> dict[str, float]:
+    """The active share of each layer, at `total` of all layers' multiply-adds, that makes sum k (1 - a)^2 least.
+
+    Args:
+        k: sensitivities.
+        cost: multiply-adds of each dense layer.
+        total: mean active share, weighted by cost.
+    """
+    budget = total * sum(cost.values())
+
+    def shares(price: float) -> dict[str, float]:
+        return {path: min(MOST, max(LEAST, 1 - price * cost[path] / k[path])) for path in k}
+
+    low, high = 0.0, max(k[path] / cost[path] for path in k)
+    for _ in range(100):  # by bisection: what is spent falls as the price rises
+        price = (low + high) / 2
+        spent = sum(share * cost[path] for path, share in shares(price).items())
+        low, high = (price, high) if spent > budget else (low, price)
+    return shares(high)
+
+
+def predicted_loss(k: dict[str, float], shares: dict[str, float]) -> float:
+    """Sum of k (1 - a)^2: the increase of the loss (nats per token) to first order."""
+    return sum(k[path] * (1 - share) ** 2 for path, share in shares.items())
+
+
+def allocate_for_loss(k: dict[str, float], cost: dict[str, float], loss: float) -> dict[str, float]:
+    """The least total of multiply-adds whose predicted loss is at most `loss` (nats per token)."""
+    low, high = LEAST, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        enough = predicted_loss(k, allocate(k, cost, middle)) <= loss
+        low, high = (low, middle) if enough else (middle, high)
+    return allocate(k, cost, high)
+
+
+def _first(batches: list[Batch]) -> list[Batch]:
+    chosen, tokens = [], 0
+    for batch in batches:
+        if tokens >= TOKENS:
+            break
+        main = next(iter(batch.values()))
+        rows = max(1, min(len(main), (TOKENS - tokens) // max(1, main[0].numel())))
+        chosen.append({name: value[:rows] for name, value in batch.items()})
+        tokens += rows * main[0].numel()
+    return chosen
+
+
+def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
+    """Log-probabilities where the model predicts, else its first output; and which of the two."""
+    device = next(model.parameters()).device
+    output: Any = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+    logits = getattr(output, "logits", None)
+    return (output[0].float(), False) if logits is None else (logits.float().log_softmax(-1), True)
+
+
+def _distance(model: nn.Module, batch: Batch, wanted: tuple[Tensor, bool]) -> float:
+    """KL divergence from the wanted log-probabilities, or relative squared error of the wanted output."""
+    (dense, predicts), (moved, _) = wanted, _output(model, batch)
+    if predicts:
+        return float((dense.exp() * (dense - moved)).sum(-1).mean())
+    return float((moved - dense).square().sum() / dense.square().sum().clamp_min(1e-30))
+
+
+@contextmanager
+def _in_place(model: nn.Module, site: Site, layer: PEER) -> Iterator[None]:
+    """`layer` in the site's place, for a while."""
+    dense = [(path, model.get_submodule(path)) for path in (site.path, *site.identities)]
+    slots = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if any(child is old for _, old in dense)
+    ]
+    parameter = next(dense[0][1].parameters())
+    for parent, name, child in slots:
+        setattr(parent, name, layer.to(parameter.device, parameter.dtype) if child is dense[0][1] else nn.Identity())
+    try:
+        yield
+    finally:
+        for parent, name, child in slots:
+            setattr(parent, name, child)

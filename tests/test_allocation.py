@@ -1,0 +1,89 @@
+"""Active shares by sensitivity: the closed form, its limits, and the measurement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, inputs_for, logits
+
+from peerify.allocation import LEAST, allocate, allocate_for_loss, predicted_loss, sensitivities
+from peerify.conversion import convert
+from peerify.dense import read_feedforward
+from peerify.feedforward import find_feedforwards
+from peerify.recipe import PeerConfig
+
+LAYERS = st.lists(st.tuples(st.floats(1e-4, 1e2), st.floats(1, 1e4)), min_size=1, max_size=8)
+
+
+def named(layers: list[tuple[float, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    return {str(i): k for i, (k, _) in enumerate(layers)}, {str(i): c for i, (_, c) in enumerate(layers)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYERS, st.floats(0.15, 0.95), st.integers(0, 2**31))
+def test_the_total_is_spent_and_nothing_else_is_better(
+    layers: list[tuple[float, float]], total: float, seed: int
+) -> None:
+    k, cost = named(layers)
+    shares = allocate(k, cost, total)
+    assert all(LEAST - 1e-12 <= share <= 1 for share in shares.values())
+    spent = sum(shares[path] * cost[path] for path in k)
+    assert spent == pytest.approx(total * sum(cost.values()), rel=1e-3)
+    # Moving compute from one layer to another never lowers the predicted loss.
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        a, b = (str(int(i)) for i in torch.randint(len(layers), (2,), generator=generator))
+        amount = 1e-3 * min(cost[a], cost[b])
+        moved = {**shares}
+        moved[a] += amount / cost[a]
+        moved[b] -= amount / cost[b]
+        if a != b and moved[a] <= 1 and moved[b] >= LEAST:
+            assert predicted_loss(k, moved) >= predicted_loss(k, shares) * (1 - 1e-4) - 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(LAYERS, st.floats(1e-3, 10))
+def test_a_stated_loss_is_kept_at_the_least_compute(layers: list[tuple[float, float]], loss: float) -> None:
+    k, cost = named(layers)
+    shares = allocate_for_loss(k, cost, loss)
+    assert predicted_loss(k, shares) <= loss * (1 + 1e-6) + 1e-9
+    spent = sum(shares[path] * cost[path] for path in k) / sum(cost.values())
+    if spent > LEAST + 0.01:
+        assert predicted_loss(k, allocate(k, cost, spent - 0.01)) > loss
+
+
+def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> None:
+    """A layer whose output is scaled down matters less; the model is left as it was."""
+    model = FAMILIES["llama"](seed)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+    inputs = inputs_for(model, seed)
+    before = logits(model, inputs)
+    config = PeerConfig(active=0.4, refine_steps=0, refit=False)
+    sites = find_feedforwards(model)
+
+    def build(data):  # type: ignore[no-untyped-def]
+        from peerify.conversion import convert_layer
+
+        ff = read_feedforward(model, data.site)
+        layer, _, _ = convert_layer(ff, data, config)
+        return layer, layer.active_fraction
+
+    k = sensitivities(model, sites, [inputs], build)
+    assert list(k) == [site.path for site in sites]
+    assert all(value > 0 for value in k.values())
+    assert k["model.layers.1.mlp"] < 0.01 * min(k["model.layers.0.mlp"], k["model.layers.2.mlp"])
+    assert torch.equal(logits(model, inputs), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5"])
+def test_allocated_conversion_spends_what_was_asked(family: str, seed: int) -> None:
+    model = FAMILIES[family](seed)
+    inputs = inputs_for(model, seed)
+    conversion = convert(model, PeerConfig(active=0.5, allocation="sensitivity"), [inputs])
+    assert conversion.active_fraction == pytest.approx(0.5, abs=0.06)  # whole experts of a few dozen
+    assert logits(model, inputs).isfinite().all()
+    counts = [layer["topk"] * layer["num_heads"] for layer in conversion.layers.values()]
+    assert len(set(counts)) > 1
