@@ -25,6 +25,7 @@ _EXPORTS = {
     "load_dense": "peerify.checkpoint",
     "load_for_eval": "peerify.checkpoint",
     "perplexity": "peerify.evaluation",
+    "push": "peerify.publishing",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -40,7 +40,7 @@ def read_text(spec: str, max_characters: int | None = None) -> str:
     """
     pieces: list[str] = []
     length = 0
-    for piece in _pieces(spec):
+    for piece in read_pieces(spec):
         separator = "\n\n" if pieces else ""
         pieces.append(separator + piece)
         length += len(separator) + len(piece)
@@ -139,14 +139,26 @@ def check_windows(windows_bt: torch.Tensor, model: Any) -> None:
         )
 
 
-def _pieces(spec: str) -> Iterator[str]:
+def is_hub_dataset(spec: str) -> bool:
+    """Whether `spec` can only be the name of a Hub dataset: no file, and not what a missing file would be called."""
+    path = Path(spec).expanduser()
+    looks_local = path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~"))
+    return not path.exists() and not looks_local
+
+
+def read_pieces(spec: str) -> Iterator[str]:
+    """The documents behind `spec` (see `read_text`), one after the other: a .txt file is one.
+
+    Raises:
+        DataError: see `read_text`.
+    """
     path = Path(spec).expanduser()
     if path.is_dir():
         raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
+    if is_hub_dataset(spec):
+        return (text_field(row, f"the Hub dataset {spec}") for row in _explain_hub(spec, hub_dataset(spec)))
     if not path.exists():
-        if path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")):
-            raise DataError(f"no such text file: {spec}")
-        return _hub_rows(spec)
+        raise DataError(f"no such text file: {spec}")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
     reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _plain_text)
@@ -175,7 +187,7 @@ def _jsonl_rows(path: Path) -> Iterator[str]:
                 row = json.loads(line)
             except ValueError:
                 raise DataError(f"{path}, line {number}: not a JSON object") from None
-            yield _text_field(row, f"{path}, line {number}")
+            yield text_field(row, f"{path}, line {number}")
 
 
 def _parquet_rows(path: Path) -> Iterator[str]:
@@ -185,31 +197,44 @@ def _parquet_rows(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                _text_field(dict.fromkeys(file.schema_arrow.names), str(path))
+                text_field(dict.fromkeys(file.schema_arrow.names), str(path))
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from (_text_field(row, str(path)) for row in batch.to_pylist())
+                yield from (text_field(row, str(path)) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _hub_rows(spec: str) -> Iterator[str]:
+def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
+    """The rows of a Hub dataset ``name``, ``name:config`` or ``name:config:split``.
+
+    Raises:
+        DataError: no such dataset, or no way to it.
+    """
     if not HUB_DATASET.fullmatch(spec):
         raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
     import datasets
 
     name, config, split, *_ = [*spec.split(":"), None, None]
     try:
-        rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
-        for row in rows:
-            yield _text_field(row, f"the Hub dataset {spec}")
-    except DataError:
-        raise
+        return datasets.load_dataset(name, config, split=split or "train", streaming=streaming)
     except Exception as error:  # the library raises a dozen unrelated kinds, network errors among them
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason[0]}") from None
+        raise _no_hub_dataset(spec, error) from None
 
 
-def _text_field(row: Any, where: str) -> str:
+def _explain_hub(spec: str, rows: Any) -> Iterator[Any]:
+    try:
+        yield from rows
+    except Exception as error:
+        raise _no_hub_dataset(spec, error) from None
+
+
+def _no_hub_dataset(spec: str, error: Exception) -> DataError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason[0]}")
+
+
+def text_field(row: Any, where: str) -> str:
+    """The string under "text" in a row; DataError where there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         fields = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""

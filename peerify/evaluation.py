@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def evaluate_checkpoint(
     """`evaluate` from names to numbers: loads `source` (dense or converted), the text and `against`.
 
     Returns:
-        The dict of `evaluate` with ``"model"`` in it, and in ``"against"`` where there is one.
+        The dict of `evaluate` with ``"model"`` in it, and in ``"against"`` where there is one; ``"data"`` (a file by
+        its name only) and ``"context"``.
 
     Raises:
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
@@ -155,7 +157,8 @@ def evaluate_checkpoint(
     )
     if result["against"] is not None:
         result["against"] = {"model": against, **result["against"]}
-    return {"model": source, **result}
+    public = Path(data).name if Path(data).expanduser().exists() else data
+    return {"model": source, "data": public, "context": context, **result}
 
 
 def _check(model: Any, windows_bt: torch.Tensor) -> None:

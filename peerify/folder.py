@@ -78,7 +78,7 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
     dense.save_processor(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     conversion.model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)  # type: ignore[operator]
-    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "hub"})
+    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
     resolved["model"] = dense.source
     resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
     record = {

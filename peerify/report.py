@@ -48,6 +48,8 @@ def print_inspection(result: Mapping[str, Any]) -> None:
     console = _console()
     sites = list(enumerate(result["feedforwards"]))
     console.print(f"{result['model']}: {result['model_type']}, {_count(result['parameters'])} parameters\n")
+    for path, reason in result.get("unseen", {}).items():
+        console.print(f"Not looked into: {path + ': ' if path else ''}{reason}\n")
     if not sites:
         console.print("No dense feed-forward layer was found; routed experts cannot be converted.")
         return
@@ -139,6 +141,85 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     table.add_section()
     table.add_row("mean", "", f"{mean['active']:.1%}", f"{mean['usage']:.1%}", f"{mean['kl_uniform']:.3f}")
     console.print(table)
+
+
+def print_push(result: Mapping[str, Any]) -> None:
+    """Every file, then where the model is; of a dry run the card as well."""
+    console = _console()
+    table = _table("file", ">size", "")
+    rows = result["files"]
+    for row in rows:
+        state = "would be sent, if it changed" if result.get("dry_run") else "sent" if row["sent"] else "was there"
+        table.add_row(row["path"], _bytes(row["bytes"]), state)
+    console.print(table)
+    total = f"{len(rows)} files, {_bytes(sum(row['bytes'] for row in rows))}"
+    if result.get("dry_run"):
+        console.print(f"{total}; this was a dry run: nothing was sent to {result['repo']}\n\nREADME.md:\n")
+        sys.stdout.write(result["card"])
+        return
+    what = "commit" if result["new_commit"] else "nothing had changed, commit"
+    tag = f", tagged {result['tag']}" if result["tag"] else ""
+    console.print(
+        f"{total}; {what} {result['commit'][:12]}{tag}\n"
+        "loaded back without peerify: the same answers as the folder's, to the bit\n"
+        f"model: {result['url']}"
+    )
+
+
+def print_training(result: Mapping[str, Any]) -> None:
+    """How far training came, and what to do next."""
+    console = _console()
+    loss = "" if result["final_loss"] is None else f", loss {result['final_loss']:.4f}"
+    console.print(f"{result['steps']:,} steps, {result['tokens']:,} tokens{loss}")
+    if result["perplexity"] is not None:
+        console.print(f"smallest perplexity measured on the way: {result['perplexity']:.2f}")
+    if result["stopped"]:
+        console.print(f"stopped early; checkpoint in {result['checkpoints']}\nnext: the same command with --resume")
+    else:
+        console.print(
+            f"model: {result['output']}\nnext: peerify eval {result['output']} --against DENSE --data TEXT.txt"
+        )
+
+
+def print_run(result: Mapping[str, Any]) -> None:
+    """What each stage of a recipe came to."""
+    console = _console()
+    if result["skipped"]:
+        console.print(f"done before: {', '.join(result['skipped'])}")
+    if "train" in result["done"] or result["stopped"] == "train":
+        print_training(result["train"])
+    if "eval" in result:
+        print_evaluation(result["eval"])
+    if "push" in result["done"]:
+        console.print(f"published: {result['push'].get('url', result['push'].get('repo'))}")
+    if result["stopped"]:
+        console.print("next: the same command goes on from here")
+    else:
+        console.print(f"model: {result['output']}")
+
+
+def print_training_plan(plan: Mapping[str, Any]) -> None:
+    """What a training run will do and take: one row per stage, then the totals."""
+    console = _console()
+    table = _table("stage", ">steps", ">tokens", "trains", ">trainable", "losses", "optimizer", ">FLOPs", ">memory")
+    for stage in plan["stages"]:
+        table.add_row(
+            str(stage["stage"]),
+            f"{stage['steps']:,}",
+            _count(stage["tokens"]),
+            stage["train"],
+            _count(stage["trainable"]),
+            " + ".join(stage["objectives"]),
+            f"{stage['optimizer']} {stage['lr']:g}",
+            _count(stage["flops"]),
+            _bytes(stage["memory"]["total"]),
+        )
+    console.print(table)
+    console.print(
+        f"{_count(plan['parameters'])} parameters; {plan['steps']:,} steps of {plan['batch_size']} x {plan['context']} "
+        f"tokens, {plan['tokens']:,} tokens and {_count(plan['flops'])} FLOPs in all; checkpoints take up to "
+        f"{_bytes(plan['checkpoint_bytes'])}"
+    )
 
 
 @contextmanager

@@ -74,13 +74,28 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`; where a key and a part of it are both given, the later one wins."""
     tree: dict[str, Any] = {}
+    node: Any
     for key, value in flat.items():
         *sections, name = key.split(".")
         node = tree
         for section in sections:
-            child = node.setdefault(section, {})
-            if not isinstance(child, dict):
-                child = node[section] = {}
+            at = _place(node, section)
+            if isinstance(node, dict):
+                node.setdefault(at, {})
+            child = node[at]
+            if isinstance(child, dict | list):
+                child = node[at] = child.copy()  # what came in stays as it was
+            else:
+                child = node[at] = {}
             node = child
-        node[name] = value
+        node[_place(node, name)] = value
     return tree
+
+
+def _place(node: dict[str, Any] | list[Any], name: str) -> Any:
+    """`stages.0.lr` reaches into a list that is there already; UsageError where the list is shorter."""
+    if not isinstance(node, list):
+        return name
+    if not name.isdigit() or int(name) >= len(node):
+        raise UsageError(f"--set: there is no element {name} in a list of {len(node)}; they are counted from 0")
+    return int(name)

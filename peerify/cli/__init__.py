@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from peerify.cli import convert, eval, inspect  # noqa: F401  each adds its command
+from peerify.cli import convert, eval, inspect, push, run, train  # noqa: F401  each adds its command
 from peerify.cli.base import cli
 
 __all__ = ["cli", "main"]

@@ -13,6 +13,7 @@ import click
 
 from peerify import __version__
 from peerify.errors import PeerifyError
+from peerify.hub_calls import redact
 from peerify.recipe import describe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -31,17 +32,18 @@ class Boundary(click.Group):
             raise
         except PeerifyError as error:
             message, code, trace = str(error), error.exit_code, traceback.format_exc()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             trace = traceback.format_exc()
             output = ctx.meta.get("peerify.output")
-            message, code = f"interrupted; {output} left as it was" if output else "interrupted", 130
+            state = f"; {error}" if str(error) else f"; {output} left as it was" if output else ""
+            message, code = f"interrupted{state}", 130
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
             code, trace = 1, traceback.format_exc()
         if ctx.meta.get("peerify.debug"):
-            click.echo(trace, err=True, nl=False)
-        click.echo(f"peerify: {message}", err=True)
+            click.echo(redact(trace), err=True, nl=False)
+        click.echo(f"peerify: {redact(message)}", err=True)
         ctx.exit(code)
 
 
@@ -82,6 +84,7 @@ def cli() -> None:
       peerify inspect HuggingFaceTB/SmolLM2-135M
       peerify convert HuggingFaceTB/SmolLM2-135M smol-peer --calibration calibration.txt
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt
+      peerify push smol-peer ada/smol-peer
     """
 
 
