@@ -10,6 +10,7 @@ k_l is measured: with only layer l converted, in closed form, how far do the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from peerify.modeling_peer import PEER
 
 LEAST, MOST = 0.1, 1.0  # active share of a layer
 TOKENS = 2048  # that sensitivities are measured on: 30 layers differ by much more than what the sample leaves open
-KEEP_DENSE = 0.95  # a layer that would be more active than this gains nothing from retrieval
+KEEP_DENSE = 0.95  # `layers: auto` leaves a layer alone that would be more active than this: retrieval gains nothing
 
 
 def sensitivities(
@@ -91,6 +92,13 @@ def allocate_for_loss(k: dict[str, float], cost: dict[str, float], loss: float) 
         enough = predicted_loss(k, allocate(k, cost, middle)) <= loss
         low, high = (low, middle) if enough else (middle, high)
     return allocate(k, cost, high)
+
+
+def plan_shares(
+    k: dict[str, float], cost: dict[str, float], *, total: float, max_loss: float | None
+) -> dict[str, float]:
+    """`allocate` at `total`, or for the ratio of perplexities `max_loss` where that is given."""
+    return allocate(k, cost, total) if max_loss is None else allocate_for_loss(k, cost, math.log(max_loss))
 
 
 def _first(batches: list[Batch]) -> list[Batch]:

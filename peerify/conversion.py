@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerify.allocation import allocate, sensitivities
+from peerify.allocation import KEEP_DENSE, plan_shares, sensitivities
 from peerify.calibration import Batch, SiteData, token_batches, walk
 from peerify.clustering import arrange
 from peerify.dense import FeedForward, read_feedforward, replace
@@ -156,7 +156,8 @@ def _allocated(
     model: nn.Module, sites: list[Site], batches: list[Batch], config: PeerConfig, progress: Progress | None
 ) -> dict[str, PeerConfig]:
     """The configuration of each layer that is to be converted: with an active share of its own where they differ."""
-    if config.allocation == "uniform" or config.active in (None, 1.0) or len(sites) == 1:
+    auto = config.layers == "auto"
+    if not auto and config.max_loss is None and (config.allocation == "uniform" or config.active in (None, 1.0)):
         return {site.path: config for site in sites}
     quick = config.model_copy(update={"refit": False, "refine_steps": 0})
 
@@ -167,9 +168,15 @@ def _allocated(
 
     k = sensitivities(model, sites, batches, build, progress)
     cost = {site.path: float(site.d_model * site.d_ff) for site in sites}
-    assert config.active is not None
-    shares = allocate(k, cost, config.active)
-    return {path: config.model_copy(update={"active": share}) for path, share in shares.items()}
+    if config.active is None:
+        raise ConversionError("layers auto chooses active shares: give active or max_loss, not topk")
+    shares = plan_shares(k, cost, total=config.active, max_loss=config.max_loss)
+    kept = {path: share for path, share in shares.items() if not auto or share <= KEEP_DENSE}
+    if not kept:
+        raise ConversionError(
+            f"no layer can be converted within max_loss {config.max_loss}: allow more, or name the layers"
+        )
+    return {path: config.model_copy(update={"active": share}) for path, share in kept.items()}
 
 
 def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:

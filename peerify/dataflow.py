@@ -7,14 +7,14 @@ branch on it. Nothing here knows of feed-forward layers; formula.py and feedforw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peerify.errors import ConversionError
+from peerify.examples import candidates
 
 # What a subclass of a projection may run inside and still be a plain x @ W + b.
 _MATMUL_OPS = {
@@ -102,6 +103,8 @@ class Trace:
     """The calls of linear modules (nn.Linear, Conv1D), in the order in which they ended."""
     parameters: dict[int, Value]
     """By id of the parameter; its consumers are uses outside of projections."""
+    guessed: bool = False
+    """Whether the model chose what to run by numbers that only its weights can tell, taken as zeros."""
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -112,8 +115,9 @@ def is_projection(module: nn.Module) -> bool:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guess: bool = False) -> None:
         super().__init__()
+        self.guess = guess  # take zeros for numbers that only the weights can tell
         self.clock = 0
         self.calls: dict[str, list[Call]] = {}
         self.projections: list[Call] = []
@@ -162,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         if not any(t.is_meta for t in tensors) and torch.device(kwargs.get("device") or "cpu").type != "meta":
             return func(*args, **kwargs)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta":  # x.cpu()
-            if not all(not t.is_meta or t in self.numbers for t in tensors):
+            if not self.guess and not all(not t.is_meta or t in self.numbers for t in tensors):
                 raise _NeedsWeights
             return func(*tree_map(self._number, args), **tree_map(self._number, kwargs))
         if func is torch.ops.aten.index.Tensor:
@@ -170,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         needs_numbers = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
         if func is torch.ops.aten.index.Tensor and all(i is None or i.dtype != torch.bool for i in args[1]):
             needs_numbers = set()
-        known = all(not t.is_meta or t in self.numbers for t in tensors)
+        known = all(not t.is_meta or t in self.numbers for t in tensors) or bool(self.guess and needs_numbers)
         result = None
         if not (known and needs_numbers):
             try:
@@ -196,7 +200,11 @@ class _Recorder(TorchDispatchMode):
     def _number(self, thing: Any) -> Any:
         """The numbers of a tensor of which they are known; the CPU in place of any device."""
         if isinstance(thing, Tensor):
-            return self.numbers[thing] if thing.is_meta else thing
+            if not thing.is_meta:
+                return thing
+            if thing in self.numbers or not self.guess:
+                return self.numbers[thing]
+            return torch.zeros(thing.shape, dtype=thing.dtype, device="cpu")
         return torch.device("cpu") if isinstance(thing, torch.device) else thing
 
     def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
@@ -284,13 +292,51 @@ class _Recorder(TorchDispatchMode):
         self.calls.setdefault(path, []).append(call)
 
 
+def needs_weights(model: nn.Module) -> ConversionError:
+    """The error for a model of which nothing is known without its weights."""
+    return ConversionError(
+        f"{type(model).__name__} decides by the values of its activations what to run, so its layers "
+        "cannot be listed without its weights; `peerify convert` finds them"
+    )
+
+
+class _Constants(TorchFunctionMode):
+    """Remembers the numbers of constants that a model makes on the meta device, where they are lost."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and result.is_meta and not isinstance(args[0], Tensor):
+            self.recorder.numbers[result] = torch.tensor(args[0], dtype=result.dtype, device="cpu")
+        return result
+
+
 def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
     """Run `model` once in eval mode without gradients and return what it computed.
 
-    `inputs` are keyword arguments of the model; without them `example_inputs(model)` is used. The model is
-    left as it was. Raises ConversionError if the forward pass fails.
+    `inputs` are keyword arguments of the model; without them those of `candidates(model)` are tried in turn. On the
+    meta device, what the model makes depend on its activations is run as if they were zero. The model is left as it
+    was. Raises ConversionError if the forward pass fails.
     """
-    recorder = _Recorder(model)
+    first: ConversionError | None = None
+    for given in candidates(model) if inputs is None else [inputs]:
+        try:
+            return _record(model, given, guess=False)
+        except _NeedsWeights:
+            try:
+                return _record(model, given, guess=True)
+            except (_NeedsWeights, ConversionError):
+                first = needs_weights(model)
+        except ConversionError as error:
+            first = first or error
+    raise first or ConversionError(f"{type(model).__name__} says nothing of what it takes: pass example inputs")
+
+
+def _record(model: nn.Module, given: dict[str, Any], *, guess: bool) -> Trace:
+    recorder = _Recorder(model, guess)
     handles = []
     for path, module in model.named_modules():
         handles.append(
@@ -301,18 +347,12 @@ def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
         handles.append(module.register_forward_hook(lambda m, args, output, path=path: recorder.leave(path, m, output)))
     try:
         with _eval_mode(model), _traceable_experts(model), torch.no_grad():
-            given = example_inputs(model) if inputs is None else inputs
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             given = tree_map(lambda v: recorder.to_device(v, device) if isinstance(v, Tensor) else v, given)
-            with recorder:
+            with recorder, _Constants(recorder) if device.type == "meta" else nullcontext():
                 model(**given)
-    except ConversionError:
+    except (ConversionError, _NeedsWeights):
         raise
-    except _NeedsWeights as error:
-        raise ConversionError(
-            f"{type(model).__name__} decides by the values of its activations what to run, so its layers "
-            "cannot be listed without its weights; `peerify convert` finds them"
-        ) from error
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConversionError(
@@ -321,7 +361,7 @@ def record(model: nn.Module, inputs: dict[str, Any] | None = None) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(calls=recorder.calls, projections=recorder.projections, parameters=recorder.parameters)
+    return Trace(calls=recorder.calls, projections=recorder.projections, parameters=recorder.parameters, guessed=guess)
 
 
 @contextmanager
@@ -347,60 +387,6 @@ def _traceable_experts(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
-
-
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Small inputs for any transformers model, made from its config: a few tokens, one picture, …
-
-    Raises ConversionError if the config does not say what the model takes.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ConversionError(f"{type(model).__name__} is not a transformers model: pass example inputs")
-    config = model.config
-    accepted = inspect.signature(model.forward).parameters
-    main = model.main_input_name
-    if main == "input_ids":
-        inputs: dict[str, Any] = {"input_ids": _token_ids(config)}
-        if "attention_mask" in accepted:  # without one, models look for padding among the tokens
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    else:
-        # torch.linspace rather than random numbers: nobody's random state is touched.
-        shape = _feature_shape(main, config)
-        length = int(torch.Size(shape).numel())
-        inputs = {main: torch.linspace(-1, 1, length, dtype=model.dtype).reshape(shape)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _token_ids(config)
-        if main == "input_ids" and isinstance(config.eos_token_id, int):
-            inputs["input_ids"][:, -1] = config.eos_token_id  # where classifiers of this kind look
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _token_ids(config: Any) -> Tensor:
-    text = config.get_text_config()
-    special: set[int] = set()  # padding, image placeholders and the like make models do other things
-    for key, value in [*config.to_dict().items(), *text.to_dict().items()]:
-        if key.endswith(("_token_id", "_token_index")):
-            special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
-    plain = [i for i in range(min(text.vocab_size, len(special) + 10)) if i not in special] or [0]
-    return torch.tensor([[plain[i % len(plain)] for i in range(8)]])  # one row: no padding token is needed
-
-
-def _feature_shape(main: str, config: Any) -> tuple[int, ...]:
-    vision = getattr(config, "vision_config", None) or config
-    audio = getattr(config, "audio_config", None) or config
-    if main == "pixel_values":
-        size = getattr(vision, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return 1, getattr(vision, "num_channels", 3), height, width
-    if main == "input_features" and hasattr(audio, "num_mel_bins"):
-        return 1, audio.num_mel_bins, 2 * getattr(audio, "max_source_positions", 64)
-    if main == "input_values" and hasattr(audio, "num_mel_bins"):
-        return 1, getattr(audio, "max_length", 64), audio.num_mel_bins
-    if main == "input_values":
-        return 1, 4000
-    raise ConversionError(f"cannot make example {main} from the config: pass example inputs")
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

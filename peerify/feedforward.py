@@ -1,12 +1,11 @@
-"""Find, read and replace the dense feed-forward layers of any transformers model.
+"""Find the dense feed-forward layers of any transformers model.
 
 Layers are found by what they compute, never by what they are called: see formula.py. A found layer is a
-Site; its weights are read in one form, FeedForward, always with one row per neuron.
+Site; dense.py reads its weights and puts something else in its place.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import re
 from collections.abc import Iterator
@@ -14,14 +13,13 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from peerify.dataflow import Call, Trace, Value, record
+from peerify.dataflow import Call, Trace, Value, is_projection, needs_weights, record
 from peerify.errors import ConversionError
-from peerify.formula import Clamp, Formula, Projection, activation_function, read_formula, without_reshape
+from peerify.formula import Formula, Projection, read_formula, without_reshape
+from peerify.replay import Clamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,56 +52,21 @@ class Site:
     outer_scale: float = 1.0
     """A constant that multiplies the layer's output; read_feedforward folds it into the weights."""
 
+    def below(self, path: str) -> Site:
+        """The same layer in a model that holds its model at `path`."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FeedForward:
-    """The weights of a feed-forward layer: row i of each matrix is neuron i's input, gate or *output* vector.
+        def moved(part: Projection | None) -> Any:
+            return part and Projection(path=f"{path}.{part.path}", start=part.start, step=part.step)
 
-    u_fd, gate_fd, v_fd: (d_ff, d_model); u_bias_f, gate_bias_f: (d_ff,); bias_d: (d_model,).
-    """
-
-    u_fd: Tensor
-    gate_fd: Tensor | None
-    v_fd: Tensor
-    u_bias_f: Tensor | None
-    gate_bias_f: Tensor | None
-    bias_d: Tensor | None
-    activation: str
-    clamp: Clamp | None = None
-    learned: nn.Module | None = None
-    """The activation itself where it has parameters."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> FeedForward:
-        """The same layer on another device and in another number type; unchanged tensors are not copied."""
-        moved: dict[str, Any] = {
-            name: value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in vars(self).items()
-        }
-        if self.learned is not None:
-            moved["learned"] = copy.deepcopy(self.learned).to(device, dtype)
-        return FeedForward(**moved)
-
-    def factors(self, x_td: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The factors of a gated neuron's value, up and act(gate); or (act(up), None): (…, d_ff) each."""
-        act = self.learned or activation_function(self.activation)
-        up_tf = F.linear(x_td, self.u_fd, self.u_bias_f)
-        if self.gate_fd is None:
-            return act(up_tf), None
-        gate_tf = F.linear(x_td, self.gate_fd, self.gate_bias_f)
-        if self.clamp is None:
-            return up_tf, act(gate_tf)
-        infinite = float("inf")
-        act_tf = act(gate_tf.clamp(max=self.clamp.get("gate", infinite))).clamp(max=self.clamp.get("act", infinite))
-        limit = self.clamp.get("up", infinite)
-        return up_tf.clamp(-limit, limit) + self.clamp.get("shift", 0.0), act_tf
-
-    def hidden(self, x_td: Tensor) -> Tensor:
-        """What enters the down projection, one number per neuron: (…, d_model) → (…, d_ff)."""
-        up_tf, act_tf = self.factors(x_td)
-        return up_tf if act_tf is None else up_tf * act_tf
-
-    def __call__(self, x_td: Tensor) -> Tensor:
-        """The dense layer itself: (…, d_model) → (…, d_model)."""
-        return F.linear(self.hidden(x_td), self.v_fd.T, self.bias_d)
+        return changed(
+            self,
+            path=f"{path}.{self.path}",
+            identities=tuple(f"{path}.{identity}" for identity in self.identities),
+            up=moved(self.up),
+            gate=moved(self.gate),
+            down=f"{path}.{self.down}",
+            learned=self.learned and f"{path}.{self.learned}",
+        )
 
 
 def find_feedforwards(model: nn.Module, inputs: dict[str, Any] | None = None) -> list[Site]:
@@ -111,9 +74,74 @@ def find_feedforwards(model: nn.Module, inputs: dict[str, Any] | None = None) ->
 
     Runs the model once on `inputs` (keyword arguments; by default a few tokens or one picture); a model on
     the meta device will do. A layer that runs several times (ALBERT) is one site. Routed experts are not
-    listed. Raises ConversionError if the forward pass fails.
+    listed. Without `inputs`, the layers of models inside the model that it does not run then (towers for pictures
+    or sound) follow: each is run on its own. Raises ConversionError if the forward pass fails.
     """
-    trace = record(model, inputs)
+    sites, unseen = survey(model, inputs)
+    if not sites and "" in unseen:
+        raise needs_weights(model)
+    return sites
+
+
+def survey(model: nn.Module, inputs: dict[str, Any] | None = None) -> tuple[list[Site], dict[str, str]]:
+    """`find_feedforwards`, and what could not be looked into, by path ("" is the model itself), with the reason."""
+    sites: list[Site] = []
+    unseen: dict[str, str] = {}
+    try:
+        trace = record(model, inputs)
+    except ConversionError:
+        parts = [] if inputs is not None else _idle(model, None)
+        if not parts:
+            raise
+        failed = True
+    else:
+        sites, parts, failed = _sites(model, trace), [] if inputs is not None else _idle(model, trace), False
+        if trace.guessed:
+            unseen[""] = "it decides by the values of its activations what to run: some of its layers may be missing"
+    for path in parts:
+        try:
+            found, deeper = survey(model.get_submodule(path))
+        except ConversionError as error:
+            unseen[path] = str(error)
+            continue
+        sites += [site.below(path) for site in found]
+        unseen |= {f"{path}.{below}".rstrip("."): reason for below, reason in deeper.items()}
+    if failed and not sites:
+        record(model)  # raises
+    return sites, unseen
+
+
+def calibrated_feedforwards(model: nn.Module, batch: dict[str, Any]) -> list[Site]:
+    """`find_feedforwards(model)`, where layers that `batch` does not run cannot be converted: nothing is known of
+    what they see. Layers that only `batch` runs come last."""
+    trace = record(model)
+    if not _idle(model, trace) and set(batch) <= _TEXT:
+        return _sites(model, trace)
+    sites = find_feedforwards(model)
+    ran = {site.path: site for site in find_feedforwards(model, batch)}
+    reason = "the calibration data does not run it"
+    known = {site.path for site in sites}
+    return [
+        *(s if s.path in ran or not s.convertible else changed(s, convertible=False, reason=reason) for s in sites),
+        *(site for path, site in ran.items() if path not in known),
+    ]
+
+
+_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+
+
+def _idle(model: nn.Module, trace: Trace | None) -> list[str]:
+    """Models inside `model` with linear layers none of which ran; of nested ones the outermost."""
+    found: list[str] = []
+    for path, part in model.named_modules():
+        if path and isinstance(part, PreTrainedModel) and not path.startswith(tuple(f"{other}." for other in found)):
+            linears = [name for name, module in part.named_modules() if is_projection(module)]
+            if len(linears) > 1 and not (trace and any(f"{path}.{name}" in trace.calls for name in linears)):
+                found.append(path)
+    return found
+
+
+def _sites(model: nn.Module, trace: Trace) -> list[Site]:
     known: dict[str, Any] = {}
     groups: dict[str, list[tuple[Call, Formula]]] = {}
     for call in trace.projections:
@@ -129,44 +157,6 @@ def find_feedforwards(model: nn.Module, inputs: dict[str, Any] | None = None) ->
     return [site for site in sites if site is not None]
 
 
-def read_feedforward(model: nn.Module, site: Site) -> FeedForward:
-    """The weights of the layer at `site`, detached, without a copy where the model's layout allows it.
-
-    Raises ConversionError if the site is not convertible or its weights are not floating-point numbers.
-    """
-    if not site.convertible:
-        raise ConversionError(f"{site.path} cannot be converted: {site.reason}")
-    u_fd, u_bias_f = _rows(model, site.up, site.d_ff)
-    gate_fd, gate_bias_f = _rows(model, site.gate, site.d_ff) if site.gate else (None, None)
-    down_df, bias_d = _rows(model, Projection(path=site.down), site.d_model)
-    down_df, bias_d = _times(site.outer_scale, down_df, bias_d)
-    if gate_fd is None:
-        u_fd, u_bias_f = _times(site.inner_scale, u_fd, u_bias_f)
-    else:
-        gate_fd, gate_bias_f = _times(site.inner_scale, gate_fd, gate_bias_f)
-    return FeedForward(
-        u_fd=u_fd,
-        gate_fd=gate_fd,
-        v_fd=down_df.T,
-        u_bias_f=u_bias_f,
-        gate_bias_f=gate_bias_f,
-        bias_d=bias_d,
-        activation=site.activation,
-        clamp=site.clamp,
-        learned=model.get_submodule(site.learned) if site.learned else None,
-    )
-
-
-def replace(model: nn.Module, site: Site, module: nn.Module) -> None:
-    """Put `module` in place of the layer at `site`, under every name that the layer has in `model`."""
-    for path, new in [(site.path, module), *((path, nn.Identity()) for path in site.identities)]:
-        old = model.get_submodule(path)
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if child is old:
-                    setattr(parent, name, new)
-
-
 def select_sites(sites: list[Site], spec: str) -> list[Site]:
     """The sites that `spec` names: "all", "middle", "first-last", "0,4,9", "12-18" or paths with globs.
 
@@ -180,7 +170,7 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
         raise ConversionError(f"the model has no dense feed-forward layer that can be converted{why}")
     chosen: set[int] = set()
     for part in (p.strip() for p in spec.split(",")):
-        if part == "all":
+        if part in ("all", "auto"):  # auto: which of them stay dense is decided by what they cost
             chosen.update(able)
         elif part == "middle":
             chosen.add(able[len(able) // 2])
@@ -207,30 +197,6 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
         if not sites[i].convertible:
             raise ConversionError(f"layer {i} ({sites[i].path}) cannot be converted: {sites[i].reason}; leave it out")
     return [sites[i] for i in sorted(chosen)]
-
-
-def _times(scale: float, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if scale == 1.0:
-        return weight, bias
-    return scale * weight, None if bias is None else scale * bias
-
-
-def _rows(model: nn.Module, part: Projection, count: int) -> tuple[Tensor, Tensor | None]:
-    """Weight rows, one per output feature, and biases of a part of a linear module."""
-    module: Any = model.get_submodule(part.path)
-    weight, bias = module.weight.detach(), module.bias
-    if hasattr(module, "get_delta_weight"):  # LoRA: what the adapters in use add belongs to the layer
-        if not weight.is_floating_point():
-            raise ConversionError(f"{part.path}.weight is quantized ({weight.dtype}): load the model dequantized")
-        extra = [] if module.merged or module.disable_adapters else module.active_adapters
-        weight = sum((module.get_delta_weight(name).detach() for name in extra if name in module.lora_A), weight)
-        module = module.base_layer
-    if not weight.is_floating_point():
-        raise ConversionError(f"{part.path}.weight is quantized ({weight.dtype}): load the model dequantized")
-    if isinstance(module, Conv1D):
-        weight = weight.T
-    rows = slice(part.start, part.start + part.step * (count - 1) + 1, part.step)
-    return weight[rows], None if bias is None else bias.detach()[rows]
 
 
 def _site(

@@ -42,13 +42,18 @@ class PeerConfig(BaseModel):
     }
 
     layers: str = Field(default="all", min_length=1)
-    """Which feed-forward layers to convert: all, middle, first-last, indices (0,4,9 or 12-18), path globs."""
+    """Which feed-forward layers to convert: all, auto (those where it pays), middle, first-last, indices (0,4,9 or
+    12-18), path globs."""
 
     active: float | None = Field(default=0.5, gt=0, le=1)
     """Share of the dense layer's compute spent on experts per token; not together with topk or candidates."""
 
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     """Active share of each layer: the same for all, or more where errors cost more, at the same total."""
+
+    max_loss: float | None = Field(default=None, gt=1)
+    """Instead of active: ratio of perplexities that conversion may cost as predicted from each layer's sensitivity,
+    such as 1.1; the least compute that keeps it is found."""
 
     preset: Literal["peer-paper"] | None = None
     """peer-paper: the PEER paper's own layer (Algorithm 1: shared keys, softmax gates, query batch norm)."""
@@ -132,6 +137,10 @@ class PeerConfig(BaseModel):
         return self
 
     def _compute_fault(self) -> str | None:
+        if self.max_loss is not None and self.topk is not None:
+            return "max_loss sets the compute of each layer: it does not go with topk/candidates"
+        if self.max_loss is not None and "active" in self.model_fields_set:
+            return "active and max_loss both set the compute: give one of them"
         if self.candidates is not None and self.topk is None:
             return "candidates needs topk beside it: how many of the candidates to keep"
         if self.active is not None and self.topk is not None:

@@ -11,6 +11,7 @@ from tiny import FAMILIES, inputs_for, logits
 from peerify.allocation import LEAST, allocate, allocate_for_loss, predicted_loss, sensitivities
 from peerify.conversion import convert
 from peerify.dense import read_feedforward
+from peerify.errors import ConversionError
 from peerify.feedforward import find_feedforwards
 from peerify.recipe import PeerConfig
 
@@ -87,3 +88,18 @@ def test_allocated_conversion_spends_what_was_asked(family: str, seed: int) -> N
     assert logits(model, inputs).isfinite().all()
     counts = [layer["topk"] * layer["num_heads"] for layer in conversion.layers.values()]
     assert len(set(counts)) > 1
+
+
+def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:
+    """A price is stated; what would have to stay nearly whole stays dense."""
+    model = FAMILIES["llama"](seed)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-2)
+    inputs = inputs_for(model, seed)
+    conversion = convert(model, PeerConfig(layers="auto", max_loss=1.0001), [inputs])
+    assert "model.layers.1.mlp" in conversion.layers
+    assert len(conversion.layers) < 3
+    with pytest.raises(ConversionError, match=r"max_loss 1\.0000"):
+        convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", max_loss=1.0000000001), [inputs])
+    with pytest.raises(ValueError, match="give one of them"):
+        PeerConfig(active=0.5, max_loss=1.1)

@@ -423,6 +423,7 @@ def test_every_promoted_flag_arrives_at_its_key(here: Path, recipes: list[Any]) 
     values: dict[str, tuple[str, Any]] = {
         "--layers": ("1", "1"),
         "--active": ("0.75", 0.75),
+        "--allocation": ("sensitivity", "sensitivity"),
         "--num-heads": ("2", 2),
         "--num-experts": ("12", 12),
         "--preset": ("peer-paper", "peer-paper"),
@@ -442,7 +443,9 @@ def test_every_promoted_flag_arrives_at_its_key(here: Path, recipes: list[Any]) 
     argv = ["--topk", "3", "--candidates", "4", "--calibration", "t.txt"]
     assert run("convert", "m", "o", "--json", *argv).exit_code == 0
     assert (recipes[1].convert.topk, recipes[1].convert.candidates) == (3, 4)
-    assert values.keys() | {"--topk", "--candidates"} == PROMOTED.keys()
+    assert run("convert", "m", "o", "--json", "--max-loss", "1.2", "--calibration", "t.txt").exit_code == 0
+    assert recipes[2].convert.max_loss == 1.2
+    assert values.keys() | {"--topk", "--candidates", "--max-loss"} == PROMOTED.keys()
     for flag, (_, value) in values.items():
         found = recipes[0]
         for name in PROMOTED[flag].split("."):

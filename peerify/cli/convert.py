@@ -15,6 +15,8 @@ from peerify.recipe import CalibrationConfig, PeerConfig, Recipe, describe
 PROMOTED = {
     "--layers": "convert.layers",
     "--active": "convert.active",
+    "--max-loss": "convert.max_loss",
+    "--allocation": "convert.allocation",
     "--num-heads": "convert.num_heads",
     "--topk": "convert.topk",
     "--candidates": "convert.candidates",
@@ -58,6 +60,8 @@ def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
 )
 @promoted("--layers", metavar="WHICH")
 @promoted("--active", type=float, metavar="SHARE")
+@promoted("--max-loss", type=float, metavar="RATIO")
+@promoted("--allocation", metavar="HOW")
 @promoted("--num-heads", type=int)
 @promoted("--topk", type=int)
 @promoted("--candidates", type=int)
@@ -93,6 +97,7 @@ def convert(
     Examples:
       peerify convert HuggingFaceTB/SmolLM2-135M smol-peer --calibration calibration.txt
       peerify convert ./llama llama-peer --calibration wikitext:wikitext-2-raw-v1 --active 0.25
+      peerify convert ./llama llama-peer --calibration text.txt --layers auto --max-loss 1.1
       peerify convert gpt2 gpt2-peer --calibration calibration.txt --layers 4-11 --num-heads 8 --topk 64
       peerify convert --recipe recipe.yaml --set convert.gates=sigmoid --overwrite
     """
