@@ -11,7 +11,7 @@ import torch
 
 from peerify.checkpoint import load_skeleton
 from peerify.errors import ConversionError, UsageError
-from peerify.feedforward import Site, find_feedforwards
+from peerify.feedforward import Site, survey
 from peerify.modeling_peer import PEER
 from peerify.plan import plan_layer
 from peerify.recipe import PeerConfig
@@ -35,11 +35,12 @@ def inspect_model(
         progress: called as progress(stage, done, total).
 
     Returns:
-        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals"}``. Each layer has
+        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals", "unseen"}``. Each layer has
         ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
         "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
         weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
-        finding the experts takes comes on top, as router. totals sums the layers that can be converted.
+        finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
+        has, by path, models inside the model of which nothing could be run from the config alone, with the reason.
 
     Raises:
         UsageError: `active` is not in (0, 1].
@@ -52,7 +53,8 @@ def inspect_model(
     model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
     dtype = getattr(model.config, "dtype", None) or torch.float32
     config = PeerConfig(active=active)
-    rows = [_row(site, config, dtype.itemsize) for site in find_feedforwards(model)]
+    sites, unseen = survey(model)
+    rows = [_row(site, config, dtype.itemsize) for site in sites]
     tell("Finding feed-forward layers", 1, 1)
     able = [row for row in rows if row["convertible"]]
     totals: dict[str, Any] = {"convertible": len(able), "parameters": sum(row["parameters"] for row in able)}
@@ -65,6 +67,7 @@ def inspect_model(
         "active": active,
         "feedforwards": rows,
         "totals": totals,
+        "unseen": unseen,
     }
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from peerify import calibration
 from peerify.calibration import SiteData, token_batches, walk
+from peerify.dense import FeedForward, read_feedforward, replace
 from peerify.errors import ConversionError
-from peerify.feedforward import FeedForward, Site, find_feedforwards, read_feedforward, replace
+from peerify.feedforward import Site, find_feedforwards
 
 # After a norm behind the layer its output is no longer simply added to the stream; Bloom adds the residual inside
 # its MLP, so the block without its last linear is not the block without the layer.

@@ -17,13 +17,11 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from peerify.conversion import exact_layer
+from peerify.dense import FeedForward, read_feedforward, replace
 from peerify.errors import ConversionError
 from peerify.feedforward import (
-    FeedForward,
     Site,
     find_feedforwards,
-    read_feedforward,
-    replace,
     select_sites,
 )
 from peerify.formula import Projection

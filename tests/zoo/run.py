@@ -34,7 +34,7 @@ from transformers import CONFIG_MAPPING  # noqa: E402
 
 RESULTS = HERE.parents[1] / ".zoo" / "results.json"
 MEMORY = 10 * 2**30
-SECONDS = 240
+SECONDS = 900
 
 
 def _child(model_type: str, pipe: Any) -> None:
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--types", default="")
     parser.add_argument("--again", default="", help="outcomes to run again")
     parser.add_argument("--keep", action="store_true", help="keep results of other code (for development only)")
+    parser.add_argument("--all", action="store_true", help="run every type again, keeping results until then")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
@@ -96,9 +97,10 @@ def main() -> None:
     done: dict[str, Any] = saved.get("results", {}) if same else {}
     again = set(options.again.split(",")) - {""}
     wanted = [t for t in options.types.split(",") if t] or [
-        t for t in model_types() if t not in done or any(r["outcome"] in again for r in done[t])
+        t for t in model_types() if options.all or t not in done or any(r["outcome"] in again for r in done[t])
     ]
-    wanted.sort(key=lambda t: t in done)  # what has never been run comes first
+    # What has never been run comes first, then what was not exact.
+    wanted.sort(key=lambda t: t in done and 1 + all(r["outcome"] == "exact" for r in done[t]))
     for i, model_type in enumerate(wanted):
         start = time.time()
         results = run_type(model_type)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import transformers
 from check import Result
+from exceptions import REASONS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 
@@ -31,17 +32,17 @@ _HEAD = """\
 <!-- Written by `make zoo`; do not edit. transformers {version} -->
 
 Every model type of transformers {version}, through every Auto class that builds it: where a small random model could
-be made by rule, all the dense feed-forward layers that its inputs run are converted with unit gates and everything
-retrieved; it is saved, loaded back, and compared with the dense model. *exact* means that no output differs by more
-than 1e-5, relatively, in float32.
+be made by rule, all its dense feed-forward layers are converted with unit gates and everything retrieved; it is saved,
+loaded back, and compared with the dense model, with text, pictures, video or sound as it takes them. *exact* means
+that no output differs by more than 1e-5, relatively, in float32. A model inside the model that its forward pass does
+not run (a codec, for instance) is compared on inputs of its own.
 
 | outcome | types | meaning |
 |---|---|---|
 {counts}
 
 Of {buildable} types that the zoo built and that have a dense feed-forward layer, {exact} ({share:.1f} %) are exact in
-all their parts and {halfrun} more as far as they were run. The {unbuilt} types without a config or input are untested
-and not counted.
+all their parts{halfrun}. The {unbuilt} types without a config or input are untested and not counted.
 A layer is a *site* if it takes a vector of some width and returns one of the same width; projectors and
 classification heads are none. Layers that cannot be converted stay dense, and `peerify inspect` says why:
 
@@ -73,6 +74,8 @@ def rows(results: Iterable[Result]) -> list[list[str]]:
         names = ", ".join(sorted({r.class_name for r in group})) or "-"
         error = f"{max(r.error for r in group):.0e}" if outcome in ("exact", "halfrun", "partly") else "-"
         count = str(sites) if outcome in ("exact", "halfrun", "partly") else "-"
+        if outcome == "unbuilt":
+            reason = REASONS.get(model_type, reason)
         cells = [model_type, names, count, OUTCOMES[outcome], reason.replace("|", "/") or "-", error]
         table.append(cells)
     return sorted(table)
@@ -105,7 +108,7 @@ def render(results: list[Result]) -> str:
         counts="\n".join(lines),
         buildable=dense,
         exact=count["exact"],
-        halfrun=count["halfrun"],
+        halfrun=f" and {count['halfrun']} more as far as they were run" if count["halfrun"] else "",
         unbuilt=count["unbuilt"],
         share=100 * count["exact"] / max(1, dense),
         refused="\n".join(listed) or "(none)",
