@@ -45,7 +45,7 @@ from baselines import (
 )
 from methods import METHODS, Maker, conversion_code, parse_method
 from reference import Reference
-from table import markdown
+from summary import markdown
 
 SEED = 7
 

@@ -24,7 +24,7 @@ from typing import Any
 from matrix import run_matrix, write_whole
 from methods import METHODS, Method, parse_method
 from plot import draw
-from table import markdown
+from summary import markdown
 
 from peerify import load_dense
 from peerify.data import load_windows
