@@ -2,7 +2,7 @@
 
 Converting layer l at active share a costs the model about k_l (1 - a)^POWER of its loss, and losses of layers add up,
 to first order. Then, at a given total of multiply-adds, the loss is least where (1 - a_l)^(POWER - 1) is proportional
-to cost_l / k_l, with cost_l the size of the layer (Lagrange), within limits; and to a given loss belongs one such total.
+cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such total.
 
 k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move?
 """
