@@ -4,20 +4,21 @@ Converting layer l at active share a costs the model about k_l (1 - a)^POWER of 
 to first order. Then, at a given total of multiply-adds, the loss is least where (1 - a_l)^(POWER - 1) is proportional
 cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such total.
 
-k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move?
+k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move? The layer is
+fitted to the input that it gets behind the layers before it as they are converted here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peerify.calibration import Batch, SiteData, walk
+from peerify.dense import replaced
 from peerify.feedforward import Site
 from peerify.modeling_peer import PEER
 
@@ -53,7 +54,8 @@ def sensitivities(
         if progress:
             progress("Measuring sensitivities", len(found), len(sites))
         layer, active = build(data)
-        with torch.no_grad(), _in_place(model, data.site, layer):
+        parameter = next(model.get_submodule(data.site.path).parameters())
+        with torch.no_grad(), replaced(model, data.site, layer.to(parameter.device, parameter.dtype)):
             moved = sum(_distance(model, batch, out) for batch, out in zip(batches, wanted, strict=True))
         found[data.site.path] = max(moved / len(batches), 1e-12) / max(1 - active, 1e-3) ** POWER
     if progress:
@@ -130,23 +132,3 @@ def _distance(model: nn.Module, batch: Batch, wanted: tuple[Tensor, bool]) -> fl
     if predicts:
         return float((dense.exp() * (dense - moved)).sum(-1).mean())
     return float((moved - dense).square().sum() / dense.square().sum().clamp_min(1e-30))
-
-
-@contextmanager
-def _in_place(model: nn.Module, site: Site, layer: PEER) -> Iterator[None]:
-    """`layer` in the site's place, for a while."""
-    dense = [(path, model.get_submodule(path)) for path in (site.path, *site.identities)]
-    slots = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if any(child is old for _, old in dense)
-    ]
-    parameter = next(dense[0][1].parameters())
-    for parent, name, child in slots:
-        setattr(parent, name, layer.to(parameter.device, parameter.dtype) if child is dense[0][1] else nn.Identity())
-    try:
-        yield
-    finally:
-        for parent, name, child in slots:
-            setattr(parent, name, child)

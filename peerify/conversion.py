@@ -168,13 +168,14 @@ def _allocated(
 
     k = sensitivities(model, sites, batches, build, progress)
     cost = {site.path: float(site.d_model * site.d_ff) for site in sites}
-    if config.active is None:
-        raise ConversionError("layers auto chooses active shares: give active or max_loss, not topk")
+    assert config.active is not None  # PeerConfig sees to it
     shares = plan_shares(k, cost, total=config.active, max_loss=config.max_loss)
     kept = {path: share for path, share in shares.items() if not auto or share <= KEEP_DENSE}
     if not kept:
         raise ConversionError(
-            f"no layer can be converted within max_loss {config.max_loss}: allow more, or name the layers"
+            "no layer can be converted within "
+            + (f"active {config.active}" if config.max_loss is None else f"max_loss {config.max_loss}")
+            + ": allow a lower active share or a larger loss, or name the layers"
         )
     return {path: config.model_copy(update={"active": share}) for path, share in kept.items()}
 

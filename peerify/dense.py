@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +100,31 @@ def read_feedforward(model: nn.Module, site: Site) -> FeedForward:
 
 def replace(model: nn.Module, site: Site, module: nn.Module) -> None:
     """Put `module` in place of the layer at `site`, under every name that the layer has in `model`."""
+    _put(model, site, module)
+
+
+@contextmanager
+def replaced(model: nn.Module, site: Site, module: nn.Module) -> Iterator[None]:
+    """`replace` for a while."""
+    before = _put(model, site, module)
+    try:
+        yield
+    finally:
+        for parent, name, old in before:
+            setattr(parent, name, old)
+
+
+def _put(model: nn.Module, site: Site, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Replace; returns what was where: (parent, name, module)."""
+    before = []
     for path, new in [(site.path, module), *((path, nn.Identity()) for path in site.identities)]:
         old = model.get_submodule(path)
         for parent in list(model.modules()):
-            for name, child in parent.named_children():
+            for name, child in list(parent.named_children()):
                 if child is old:
+                    before.append((parent, name, old))
                     setattr(parent, name, new)
+    return before
 
 
 def _times(scale: float, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -141,6 +141,8 @@ class PeerConfig(BaseModel):
             return "max_loss sets the compute of each layer: it does not go with topk/candidates"
         if self.max_loss is not None and "active" in self.model_fields_set:
             return "active and max_loss both set the compute: give one of them"
+        if self.topk is not None and (self.layers == "auto" or self.allocation == "sensitivity"):
+            return "layers auto and allocation sensitivity choose active shares: give active or max_loss, not topk"
         if self.candidates is not None and self.topk is None:
             return "candidates needs topk beside it: how many of the candidates to keep"
         if self.active is not None and self.topk is not None:

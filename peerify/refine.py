@@ -167,13 +167,13 @@ class _Router:
             pool.rerank_slope.copy_(self.slope)
 
 
-def threshold(x_tn: Tensor, k: int) -> Tensor:
-    """The k-th largest of each row, (t, 1)."""
-    x_tn = x_tn.detach()
-    place = x_tn.shape[1] - k
-    if x_tn.device.type == "cpu":  # many times as fast as torch's own selection
-        return torch.from_numpy(np.partition(x_tn.numpy(), place, axis=1)[:, place : place + 1].copy())
-    return x_tn.kthvalue(place + 1, dim=1, keepdim=True).values
+def threshold(x: Tensor, k: int) -> Tensor:
+    """The `k`-th largest value along the last dimension, kept as a dimension of size 1; of fewer, the least."""
+    x, place = x.detach(), max(0, x.shape[-1] - k)
+    # numpy's selection is many times as fast as torch's, but knows no half precision and cannot be compiled.
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.partition(x.numpy(), place, axis=-1)[..., place : place + 1].copy())
+    return x.kthvalue(place + 1, dim=-1, keepdim=True).values
 
 
 class SoftTopK(torch.autograd.Function):

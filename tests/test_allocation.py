@@ -103,3 +103,8 @@ def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:
         convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", max_loss=1.0000000001), [inputs])
     with pytest.raises(ValueError, match="give one of them"):
         PeerConfig(active=0.5, max_loss=1.1)
+    with pytest.raises(ConversionError, match=r"within active 0\.99"):
+        convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", active=0.99), [inputs])
+    for key, value in (("layers", "auto"), ("allocation", "sensitivity")):
+        with pytest.raises(ValueError, match="not topk"):
+            PeerConfig(topk=3, **{key: value})

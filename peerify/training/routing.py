@@ -14,28 +14,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from peerify.refine import threshold
 
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
     """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
     return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
-
-
-def threshold(x: Tensor, k: int) -> Tensor:
-    """The `k`-th largest value along the last dimension, kept as a dimension of size 1."""
-    if k >= x.shape[-1]:
-        return x.amin(-1, keepdim=True)
-    x = x.detach()
-    if (
-        x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    ):  # thirty times as fast as torch's own selection
-        place = x.shape[-1] - k
-        return torch.from_numpy(np.partition(x.numpy(), place, axis=-1)[..., place : place + 1].copy())
-    return x.kthvalue(x.shape[-1] - k + 1, dim=-1, keepdim=True).values
 
 
 def cell_scores(layer: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
