@@ -26,6 +26,7 @@ _EXPORTS = {
     "load_for_eval": "peerify.checkpoint",
     "perplexity": "peerify.evaluation",
     "push": "peerify.publishing",
+    "save": "peerify.folder",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

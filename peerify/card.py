@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ USUAL_LOADERS = {
 }
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source model's card
 TEXT_FILES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
+RELATION = "finetune"  # the nearest of the Hub's words
 CITATION = """@article{he2024mixture,
   title   = {Mixture of A Million Experts},
   author  = {He, Xu Owen},
@@ -51,8 +52,13 @@ def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:
     path = folder / "README.md"
     old = frontmatter.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else frontmatter.Card()
     source = record["source"]
+    values = metadata(record, config)
+    edited = {key: old.metadata.get(key) for key in ("base_model", "license", "license_name") if old.edited(key)}
+    told = {key: value for key, value in edited.items() if isinstance(value, str)}
+    if "base_model" in told:
+        values["base_model_relation"] = RELATION
     title = f"# {(source.get('base_model') or source['model']).split('/')[-1]} with PEER layers"
-    return frontmatter.regenerate(old, metadata(record, config), title, _block(record, config, name))
+    return frontmatter.regenerate(old, values, title, _block(record, config, name, told))
 
 
 def record_results(folder: Path, result: Mapping[str, Any]) -> None:
@@ -94,7 +100,7 @@ def metadata(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         "library_name": "transformers",
         "pipeline_tag": values["pipeline_tag"] or tag,
         "base_model": source.get("base_model"),
-        "base_model_relation": "finetune" if source.get("base_model") else None,
+        "base_model_relation": RELATION if source.get("base_model") else None,
         "tags": ["peer", "peerify", "custom_code"],
         "datasets": list(dict.fromkeys(datasets)) or None,
         "model-index": _model_index(record) or None,
@@ -121,28 +127,24 @@ def _model_index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": f"{record['source']['model'].split('/')[-1]}-peer", "results": results}] if results else []
 
 
-def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str) -> str:
-    """The generated part of the card."""
-    source, layers = record["source"], config["peer"]["layers"]
+def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told: Mapping[str, str]) -> str:
+    """The generated part of the card; `told`: what people wrote into its YAML, which wins over the record."""
+    source, layers = record["source"] | told, config["peer"]["layers"]
     base = source.get("base_model")
     origin = f"[{base}](https://huggingface.co/{base})" if base else source["model"]
-    if source.get("revision"):
+    if source.get("revision") and "base_model" not in told:
         origin += f" at {source['revision'][:12]}"
     licence = source.get("license_name") or source.get("license")
-    auto = loader(config)
+    evaluated = _span([_evaluated(layer) + layer["num_shared"] for layer in layers.values()])
+    experts = _span([layer["num_experts"] for layer in layers.values()])
     parts = [
-        f"{len(layers)} dense feed-forward layers of {origin} were replaced by PEER layers: each neuron is an expert "
-        "of its own, and product keys retrieve the few hundred that matter for a token "
-        "([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)). "
+        f"{len(layers)} dense feed-forward layers of {origin} were replaced by PEER layers "
+        "([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)): each expert is a single neuron, and "
+        f"{evaluated} of {experts} are retrieved and evaluated for each token. "
         f"The experts spend {record['active_fraction']:.1%} of the dense layers' multiply-adds per token, "
         f"retrieving them another {record['router_fraction']:.1%}.",
         "## How to load it",
-        f"""```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```""",
+        _snippet(loader(config), record.get("files", []), name),
         "The code is `modeling_peer.py` beside the weights; it needs torch and transformers 5.17 or newer.",
         "## Base model and licence",
         f"Base model: {origin}. "
@@ -150,15 +152,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
         "## Results",
         _results(record),
         "## How it was converted",
-        f"By peerify {record['peerify']}, training-free and in closed form, from "
-        f"{record['calibration']['tokens']:,} tokens of {_listed(record['recipe']['calibration']['data'])}. "
-        "*Output error* is how far a layer's output is from the dense layer's on that text, relative to its size.",
+        _conversion(record, layers),
         _layers(record, layers),
         "## Healing",
         _healing(record.get("training")),
         "## Limits",
         "- The PyTorch code computes every expert and masks, so it is exact but no faster than the dense layer.\n"
-        "- Quality on text unlike the calibration text is lower than the table shows.\n"
+        "- Quality is lower on inputs unlike those it was calibrated on.\n"
         "- What the base model should not be used for, this one should not be used for either.\n"
         "- It cannot be written as GGUF: llama.cpp has no PEER layer.",
         "## Environment",
@@ -170,6 +170,48 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
         f"```bibtex\n{CITATION}\n```",
     ]
     return "\n\n".join(parts)
+
+
+def _snippet(auto: str, files: Sequence[str], name: str) -> str:
+    """Python that loads the model, and what turns raw inputs into its inputs."""
+    kind, variable = "", ""
+    if {"preprocessor_config.json", "processor_config.json"} & set(files):
+        kind, variable = "AutoProcessor", "processor"
+    elif any(file.startswith(("tokenizer", "vocab", "spiece")) for file in files):
+        kind, variable = "AutoTokenizer", "tokenizer"
+    lines = [
+        f"from transformers import {', '.join(sorted(filter(None, (auto, kind))))}",
+        "",
+        f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)',
+        *([f'{variable} = {kind}.from_pretrained("{name}")'] if kind else []),
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    chosen = any(_evaluated(layer) < layer["num_experts"] - layer["num_shared"] for layer in layers.values())
+    convert, calibration = record["recipe"]["convert"], record["calibration"]
+    router = "the router was fitted in closed form"
+    if chosen and convert["refine_steps"] != 0:
+        router += " and refined by gradient, a layer at a time"
+    if chosen and convert["refit"]:
+        router += ", the experts' output vectors refitted to what it retrieves"
+    seen = f"{calibration['tokens']:,} tokens" if "tokens" in calibration else f"{calibration['inputs']:,} inputs"
+    return (
+        f"By peerify {record['peerify']}, without training the model: the experts are the dense layers' neurons, "
+        f"{router}, on {seen} of {_listed(record['recipe']['calibration']['data'])}. "
+        "*Output error* is how far a layer's output is from the dense layer's on that data, relative to its size."
+    )
+
+
+def _evaluated(layer: Mapping[str, Any]) -> int:
+    """Experts that a token evaluates, beside those that are always on."""
+    return int(layer["num_heads"] * layer["topk"])
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _results(record: Mapping[str, Any]) -> str:
@@ -195,15 +237,18 @@ def _results(record: Mapping[str, Any]) -> str:
 
 
 def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    table = ["| layer | experts | heads × grid | evaluated of retrieved | output error |", "|---|---|---|---|---|"]
+    table = ["| layer | experts | router | evaluated of retrieved | output error |", "|---|---|---|---|---|"]
     order = {path: i for i, path in enumerate(record["layer_errors"])}  # as they run; config.json sorts them as text
     for path in sorted(layers, key=lambda path: order.get(path, len(order))):
         layer = layers[path]
-        heads, topk = layer["num_heads"], layer["topk"]
+        heads, (rows, columns) = layer["num_heads"], layer["grid"]
+        product_keys = f"product keys, {heads} × ({rows} × {columns})"
+        router = f"a key each, rank {layer['query_dim']}" if rows == 1 and layer["share_query"] else product_keys
+        always = f", {layer['num_shared']} always" if layer["num_shared"] else ""
         error = record["layer_errors"].get(path)
         table.append(
-            f"| `{path}` | {layer['num_experts']} | {heads} × ({layer['grid'][0]} × {layer['grid'][1]}) "
-            f"| {heads * topk} of {heads * (layer.get('candidates') or topk)} "
+            f"| `{path}` | {layer['num_experts']} | {router} "
+            f"| {_evaluated(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always} "
             f"| {'–' if error is None else f'{error:.4f}'} |"
         )
     return "\n".join(table)
@@ -226,4 +271,4 @@ def _texts(training: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "text that was not named"
+    return ", ".join(names) or "data that was not named"

@@ -7,6 +7,7 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError
 from peerify.output import MARKER
 from peerify.provenance import provenance
-from peerify.recipe import Recipe
+from peerify.recipe import PeerConfig, Recipe
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -60,7 +61,9 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         check_windows(windows_bt, dense.model)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)
-        write_model(folder, conversion, dense, recipe, windows_bt)
+        resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
+        resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
+        _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size)
         tell("Writing", 1, 1)
     return {
         "output": recipe.output,
@@ -73,14 +76,49 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     }
 
 
-def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe: Recipe, windows_bt: Tensor) -> None:
+def save(
+    folder: str | Path,
+    conversion: Conversion,
+    dense: DenseModel,
+    config: PeerConfig,
+    calibration: Tensor | Sequence[Mapping[str, Any]],
+    *,
+    data: Sequence[str] = (),
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write a model that was converted from Python as `peerify convert` would, ready for `peerify push`.
+
+    Args:
+        conversion: what `convert` returned for `dense.model`, `config` and `calibration`.
+        dense: what `load_dense` returned: its tokenizer or processor is copied, its licence and id noted.
+        data: what the calibration data is called, for the model card: Hub datasets, or file names.
+
+    Raises:
+        OutputError: `folder` exists (and `overwrite` is not set, or peerify did not write it), or the disk is full.
+    """
+    resolved = {
+        "model": dense.source,
+        "revision": dense.revision,
+        "convert": config.model_dump(mode="json"),
+        "calibration": {"data": list(data)},
+    }
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        _write_model(temporary, conversion, dense, resolved, _seen(calibration), max_shard_size)
+
+
+def _write_model(
+    folder: Path,
+    conversion: Conversion,
+    dense: DenseModel,
+    recipe: dict[str, Any],
+    seen: dict[str, Any],
+    max_shard_size: str,
+) -> None:
     """All files of a converted model. The same conversion writes the same bytes: no dates, no local paths."""
     dense.save_processor(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    conversion.model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)  # type: ignore[operator]
-    resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
-    resolved["model"] = dense.source
-    resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
+    conversion.model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
     record = {
         "peerify": peerify.__version__,
         "versions": {
@@ -89,11 +127,8 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
             "transformers": transformers.__version__,
         },
         "source": provenance(dense),
-        "recipe": resolved,
-        "calibration": {
-            "tokens": windows_bt.numel(),
-            "sha256": hashlib.sha256(windows_bt.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
-        },
+        "recipe": recipe | {"model": dense.source},
+        "calibration": seen,
         "active_fraction": conversion.active_fraction,
         "router_fraction": conversion.router_fraction,
         "layer_errors": conversion.layer_errors,
@@ -101,6 +136,14 @@ def write_model(folder: Path, conversion: Conversion, dense: DenseModel, recipe:
     }
     (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     write_card(folder)
+
+
+def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How much calibration data there was: of windows of token ids also which."""
+    if isinstance(calibration, Tensor):
+        raw = calibration.cpu().numpy().astype("<i8").tobytes()
+        return {"tokens": calibration.numel(), "sha256": hashlib.sha256(raw).hexdigest()}
+    return {"inputs": sum(len(next(iter(batch.values()))) for batch in calibration)}
 
 
 def _public(spec: str) -> str:

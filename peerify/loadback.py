@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from peerify.card import loader
 from peerify.errors import PublishError
 from peerify.hub_calls import redact
+
+INPUTS_TRIED = 64
 
 
 def load_locally(folder: Path, scratch: Path) -> None:
@@ -19,21 +24,22 @@ def load_locally(folder: Path, scratch: Path) -> None:
 
     Raises PublishError: it does not load, or has weights that are not finite.
     """
+    _write_inputs(folder, scratch / "inputs.pt")
     said = _run(scratch, "local", source=str(folder.resolve()), offline=True)
     if said.get("error"):
         raise PublishError(f"{folder} does not load without peerify: {said['error']}; nothing was sent")
 
 
-def load_back(repo: str, revision: str, commit: str, scratch: Path, *, tokenizer: bool) -> None:
+def load_back(repo: str, revision: str, commit: str, scratch: Path, *, files: Sequence[str]) -> None:
     """Load `revision` of `repo` from the Hub into an empty cache; it must be `commit`, and answer as the folder did.
 
     Raises PublishError, saying what differs.
     """
-    said = _run(scratch, "hub", source=repo, revision=revision, reference=str(scratch / "local"), tokenizer=tokenizer)
+    said = _run(scratch, "hub", source=repo, revision=revision, reference=str(scratch / "local"), files=list(files))
     pushed = f"{repo} was pushed as commit {commit[:12]}, but "
     if said.get("error"):
         reason = redact(said["error"])
-        full = "File too large" in reason or "No space left" in reason or "Disk quota" in reason
+        full = any(words in reason for words in ("File too large", "No space left", "Disk quota"))
         why = f"the disk at {scratch.parent} is full" if full else reason
         raise PublishError(f"{pushed}could not be loaded back: {why}; push again to repeat the check")
     loaded = {path.name for path in (scratch / "hub").glob("models--*/snapshots/*")}
@@ -44,11 +50,28 @@ def load_back(repo: str, revision: str, commit: str, scratch: Path, *, tokenizer
         raise PublishError(f"{pushed}is not what was sent: {said['differs']}; do not use it, and push again")
 
 
+def _write_inputs(folder: Path, path: Path) -> None:
+    """What the model may take, most likely first: the same that conversion tries, as long as one of them fits."""
+    import torch
+    import transformers
+
+    from peerify.examples import candidates
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = getattr(transformers, loader(config.to_dict())).from_config(config, dtype=config.dtype)
+        torch.save(list(itertools.islice(candidates(model), INPUTS_TRIED)), path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PublishError(f"{folder} does not load: {reason}; nothing was sent") from error
+
+
 def _run(scratch: Path, name: str, *, offline: bool = False, **job: Any) -> dict[str, Any]:
     """Have stranger.py do `job` and return what it wrote down."""
     empty = scratch / "empty"
     empty.mkdir(exist_ok=True)
-    defaults = {"revision": None, "reference": None, "tokenizer": False}
+    defaults = {"revision": None, "reference": None, "files": None, "inputs": str(scratch / "inputs.pt")}
     settings = defaults | job | {"out": str(scratch / name)}
     environment = os.environ | {
         "HF_HUB_CACHE": str(scratch / "hub"),

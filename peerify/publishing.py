@@ -20,7 +20,7 @@ from peerify.errors import PublishError, UsageError
 from peerify.output import MARKER, _alive
 from peerify.recipe import HubConfig
 from peerify.source import check_weights, open_source, weight_files
-from peerify.transfer import CARD, WEIGHTS, LocalFile, page, require, set_tag, transfer
+from peerify.transfer import CARD, WEIGHTS, LocalFile, need_token, page, require, set_tag, transfer
 
 Progress = Callable[[str, int, int], None]
 CODE, INDEX = "modeling_peer.py", "model.safetensors.index.json"
@@ -73,8 +73,9 @@ def push(
     folder = Path(folder).expanduser()
     tell = progress if progress is not None else lambda *_: None
     files = check_folder(folder, include, exclude)
+    if not dry_run:
+        need_token(repo)
     total = sum(file.size for file in files)
-    tokenizer = any(file.name.startswith("tokenizer") for file in files)
     result: dict[str, Any] = {"repo": repo, "commit": None, "url": page(repo), "revision": revision, "tag": tag}
     with _scratch(2 * total if not dry_run else 0) as scratch:
         tell("Loading the folder without peerify", 0, 1)
@@ -99,7 +100,7 @@ def push(
             tell("Loading it back from the Hub", 0, 1)
             # A pull request is loaded by the name that its readers use; everything else by the commit itself.
             at = sent.revision if create_pr and sent.revision else sent.commit
-            loadback.load_back(repo, at, sent.commit, scratch, tokenizer=tokenizer)
+            loadback.load_back(repo, at, sent.commit, scratch, files=[file.name for file in files])
             tell("Loading it back from the Hub", 1, 1)
             if tag:
                 set_tag(repo, tag, sent.commit)

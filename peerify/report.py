@@ -149,7 +149,7 @@ def print_push(result: Mapping[str, Any]) -> None:
     table = _table("file", ">size", "")
     rows = result["files"]
     for row in rows:
-        state = "would be sent, if it changed" if result.get("dry_run") else "sent" if row["sent"] else "was there"
+        state = "would be sent" if result.get("dry_run") else "sent" if row["sent"] else "was there"
         table.add_row(row["path"], _bytes(row["bytes"]), state)
     console.print(table)
     total = f"{len(rows)} files, {_bytes(sum(row['bytes'] for row in rows))}"

@@ -1,15 +1,18 @@
 """What someone without peerify does with a published model: load it and compute. Run by loadback.py as plain text.
 
-One argument, JSON: {"source", "revision", "out", "reference", "tokenizer"}. Loads `source` (a folder or Hub
-id) with trust_remote_code, writes `out`.json (class, digests of all weights) and `out`.safetensors (what the
-model answers to fixed inputs), and with a `reference` compares with such a pair. {"error"} in `out`.json: it failed.
+One argument, JSON: {"source", "revision", "files", "inputs", "out", "reference"}. Loads `source` (a folder, or a Hub id
+with the `files` it must have) with trust_remote_code, writes `out`.json (class, digests of all weights) and
+`out`.safetensors (what the model answers to the first of `inputs` that it takes), and with a `reference` compares with
+such a pair. {"error"} in `out`.json: it failed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,11 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     transformers.logging.set_verbosity_error()
-    source = job["source"]
+    source, files = job["source"], job["files"]
+    if files is None:
+        files = [path.name for path in Path(source).iterdir()]
+    else:
+        fetch(source, job["revision"], files)
     where = {"revision": job["revision"], "trust_remote_code": True}
     config = transformers.AutoConfig.from_pretrained(source, **where)
     name = config.architectures[0]
@@ -40,7 +47,7 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             return {"error": f"{kind.replace('_', ' ')} while loading: {_some(sorted(map(str, info[kind])))}"}
-    if list(Path(source).glob("tokenizer*")) if Path(source).is_dir() else job["tokenizer"]:
+    if any(name.startswith("tokenizer") for name in files):
         transformers.AutoTokenizer.from_pretrained(source, **where)
     digests = {}
     for key, tensor in model.state_dict().items():
@@ -50,10 +57,11 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
                 return {"error": f"the weight {key} has NaN or infinite values"}
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         digests[key] = hashlib.sha256(raw.numpy()).hexdigest()
-    with torch.no_grad():
-        said = model.eval()(**inputs(model))
+    said = ask(model.eval(), torch.load(job["inputs"], weights_only=True))
     keys = [key for key in ("logits", "last_hidden_state") if said.get(key) is not None] or list(said)
-    answers = {key: said[key].contiguous() for key in keys if isinstance(said[key], torch.Tensor)}
+    answers = {key: said[key].contiguous().clone() for key in keys if isinstance(said[key], torch.Tensor)}
+    if not answers:
+        return {"error": f"what {name} answers cannot be compared: it holds no tensors"}
     result: dict[str, Any] = {
         "class": type(model).__name__,
         "weights": digests,
@@ -64,25 +72,42 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def inputs(model: Any) -> dict[str, Any]:
-    """The same inputs everywhere: token ids (2, 16), or pixels, from a fixed seed."""
+def fetch(source: str, revision: str, files: list[str]) -> None:
+    """Bring all files into the cache. A Hub that is busy, down or gone is waited for, a minute in all."""
+    from huggingface_hub import snapshot_download
+
+    for pause in (1, 2, 4, 8, 8, 8, 8, 8, 13, None):
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=files))
+            missing = [name for name in files if not (folder / name).exists()]
+            if not missing:
+                return
+            raise FileNotFoundError(f"{_some(missing)} is missing on the Hub")  # or the Hub went away half-way
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if pause is None or full or status in (400, 401, 403, 404):
+                raise
+            time.sleep(pause)
+
+
+def ask(model: Any, candidates: list[dict[str, Any]]) -> Any:
+    """What the model answers to the first of the inputs that it takes."""
     import torch
 
-    generator = torch.Generator().manual_seed(20260101)
-    main, config = model.main_input_name, model.config
-    if main == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
-        return {main: torch.randn(2, config.num_channels, *size, generator=generator).to(model.dtype)}
-    if main != "input_ids":
-        raise ValueError(f"models that read {main} cannot be tried out here")
-    text = config.get_text_config()
-    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-
-    def ids() -> Any:
-        # Low numbers: high ones may stand for images, which have to come with the text.
-        return torch.randint(3, min(1000, text.vocab_size), (2, length), generator=generator)
-
-    return {main: ids(), **({"decoder_input_ids": ids()} if config.is_encoder_decoder else {})}
+    problem: Exception | None = None
+    for given in candidates:
+        of_its_type = {
+            key: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in given.items()
+        }
+        torch.manual_seed(0)  # some models mask or drop at random even now
+        try:
+            with torch.no_grad():
+                return model(**of_its_type)
+        except Exception as error:
+            problem = problem or error
+    raise ValueError(f"it takes none of the inputs tried: {problem}")
 
 
 def _difference(result: dict[str, Any], answers: dict[str, Any], reference: Path, load_file: Any) -> str | None:

@@ -60,7 +60,6 @@ class Sent:
     url: str
     new: bool  # whether it took a commit
     sent: list[str] = field(default_factory=list)
-    card: str = ""
 
 
 def transfer(
@@ -79,13 +78,20 @@ def transfer(
 
     Raises PublishError: the card lacks something, or whatever the Hub and the network do that does not pass.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    if not get_token():
-        raise PublishError(f"{repo}: pushing needs a Hub token; log in with `hf auth login`, or set HF_TOKEN")
+    need_token(repo)
     job = _Transfer(HfApi(), folder, repo, files, private, revision, tag, create_pr, message, progress)
     with hub_errors(repo), _own_bars(progress is not None):
         return job.patience.keep(job.attempt)
+
+
+def need_token(repo: str) -> None:
+    """Raise PublishError unless the user is logged in to the Hub."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise PublishError(f"{repo}: pushing needs a Hub token; log in with `hf auth login`, or set HF_TOKEN")
 
 
 @contextmanager
@@ -119,6 +125,7 @@ class _Transfer:
     progress: Callable[[str, int, int], None] | None
     patience: Patience = field(default_factory=Patience)
     uploads: dict[str, CommitOperationAdd] = field(default_factory=dict)  # kept between attempts: what is sent is sent
+    uploaded: set[str] = field(default_factory=set)  # large files that the Hub has taken
 
     def attempt(self) -> Sent:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
@@ -128,7 +135,7 @@ class _Transfer:
         card = frontmatter.render(self._card(head, CARD in remote))
         if self._same(remote, card):
             self._check_tag(head, changed=False)
-            return Sent(head, self.revision, page(self.repo, self.revision), new=False, card=card)
+            return Sent(head, self.revision, page(self.repo, self.revision), new=False)
         if self.create_pr and (pull := self._same_pull(card)):
             return pull
         self._check_tag(head, changed=True)
@@ -155,8 +162,8 @@ class _Transfer:
         )
         sent = [file.name for file in changed] + [CARD]
         if self.create_pr:
-            return Sent(commit.oid, commit.pr_revision, str(commit.pr_url), new=True, sent=sent, card=card)
-        return Sent(commit.oid, self.revision, page(self.repo, self.revision), new=True, sent=sent, card=card)
+            return Sent(commit.oid, commit.pr_revision, str(commit.pr_url), new=True, sent=sent)
+        return Sent(commit.oid, self.revision, page(self.repo, self.revision), new=True, sent=sent)
 
     def _head(self) -> str:
         """The commit to build on; makes the repository and the branch if need be."""
@@ -214,7 +221,7 @@ class _Transfer:
             ref = f"refs/pr/{pull.num}"
             commit = str(self.api.model_info(self.repo, revision=ref).sha)
             if self._same(self._tree(commit), card):
-                return Sent(commit, ref, f"{page(self.repo)}/discussions/{pull.num}", new=False, card=card)
+                return Sent(commit, ref, f"{page(self.repo)}/discussions/{pull.num}", new=False)
         return None
 
     def _upload(self, files: Sequence[LocalFile]) -> None:
@@ -225,15 +232,14 @@ class _Transfer:
         for file in files:
             if self.progress is not None:
                 self.progress("Uploading", done, total)
-            operation = self._operation(file)
-            was = operation._is_uploaded
-            self.api.preupload_lfs_files(
-                *(self.repo, [operation]),
-                revision=self.revision,
-                create_pr=self.create_pr,
-                free_memory=False,
-            )
-            if operation._is_uploaded and not was:
+            if file.name not in self.uploaded:
+                self.api.preupload_lfs_files(
+                    *(self.repo, [self._operation(file)]),
+                    revision=self.revision,
+                    create_pr=self.create_pr,
+                    free_memory=False,
+                )
+                self.uploaded.add(file.name)
                 self.patience.reset()
             done += file.size
         if self.progress is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,28 @@ from peerify.recipe import CalibrationConfig, Recipe
 
 SPEED = 1000  # how much faster than the real ones the waits of these tests are
 DENSE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# A dense model\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model that no test changes."""
+    return converted(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return copy(model, tmp_path / "out")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub that this process talks to, where nothing may leak and nothing be half-published."""
+    with Hub() as hub:
+        use(hub, monkeypatch, tmp_path)
+        yield hub
+        assert hub.leaks == [], "the token went to the store of large files"
+        assert hub.halves() == []
 
 
 def converted(root: Path, *, shards: str = "5GB", **settings: Any) -> Path:

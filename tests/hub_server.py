@@ -102,7 +102,6 @@ class Hub:
         self.requests: list[str] = []
         self.leaks: list[str] = []
         self.faults: list[Fault] = []
-        self.on_commit: Callable[[], None] | None = None
         self.xet, self.large, self.part = xet, large, part
         self.lock = threading.Lock()
         self.down = False
@@ -498,8 +497,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub = self.hub
         lines = [json.loads(line) for line in self.read().splitlines()]
         header = lines[0]["value"]
-        if hub.on_commit:
-            hub.on_commit()
         with hub.lock:
             head = repo.resolve(revision) or ""
             as_pull = self.query.get("create_pr") == "1"

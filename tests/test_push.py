@@ -25,25 +25,6 @@ from peerify.errors import PeerifyError, PublishError, UsageError
 from peerify.recipe import HubConfig
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def folder(model: Path, tmp_path: Path) -> Path:
-    return copy(model, tmp_path / "out")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    with Hub() as hub:
-        use(hub, monkeypatch, tmp_path)
-        yield hub
-        assert hub.leaks == [], "the token went to the store of large files"
-        assert hub.halves() == []
-
-
 def hub_card(hub: Hub, revision: str = "main") -> str:
     return hub.repos["user/model"].files(revision)["README.md"].data.decode()
 
@@ -467,11 +448,44 @@ def test_card_is_what_the_hub_reads(folder: Path) -> None:
         "@article{he2024mixture",
     ):
         assert part in card.text, part
-    for path in list(values["layer_errors"]):
-        assert f"| `{path}` |" in card.text
+    layers = json.loads((folder / "config.json").read_text())["peer"]["layers"]
+    for path, layer in layers.items():
+        row = f"| `{path}` | {layer['num_experts']} | a key each, rank {layer['query_dim']} | {layer['topk']} of"
+        assert row in card.text
+    few = sorted({layer["topk"] + layer["num_shared"] for layer in layers.values()})
+    assert f"{' to '.join(map(str, few[:1] + few[1:][-1:]))} of 24 are retrieved" in card.text
+    assert "fitted in closed form and refined by gradient" in card.text
     before = (folder / "README.md").read_bytes()
     write_card(folder)
     assert (folder / "README.md").read_bytes() == before
+
+
+def test_what_people_say_of_the_base_model_is_in_the_text(folder: Path) -> None:
+    """Push asks for base model and licence where the source does not tell: then the card speaks of those."""
+    edit_card(folder, "license: apache-2.0", "license: mit")
+    for _ in range(2):
+        write_card(folder)
+        card = ModelCard((folder / "README.md").read_text())
+        assert "Base model: [user/dense](https://huggingface.co/user/dense). " in card.text
+        assert "stays under its licence, mit." in card.text
+        assert (card.data.base_model_relation, card.data.base_model) == ("finetune", "user/dense")
+
+
+def test_the_card_of_product_keys_and_of_nothing_to_choose(folder: Path) -> None:
+    values, config = record(folder), json.loads((folder / "config.json").read_text())
+    for path in config["peer"]["layers"]:
+        config["peer"]["layers"][path] |= {"share_query": False, "grid": [4, 6], "num_heads": 1, "topk": 24}
+    values["files"] = ["preprocessor_config.json"]
+    values["calibration"] = {"inputs": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "peerify.json").write_text(json.dumps(values))
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "| product keys, 1 × (4 × 6) | 24 of " in text
+    assert "and 24 of 24 are retrieved" in text
+    assert "fitted in closed form, on 32 inputs of text.txt." in text
+    assert 'processor = AutoProcessor.from_pretrained("PATH_OR_ID")' in text
+    assert "AutoTokenizer" not in text
 
 
 # Tokens
@@ -481,6 +495,8 @@ def test_no_token_no_push(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PublishError, match=r"log in with `hf auth login`, or set HF_TOKEN"):
         send(folder)
+    with pytest.raises(PublishError, match=r"log in with `hf auth login`, or set HF_TOKEN"):
+        publishing.push(folder, "user/model", progress=lambda *_: pytest.fail("it began before it looked for a token"))
     assert hub.requests == []
 
 
@@ -602,13 +618,14 @@ def test_what_differs_is_said(folder: Path, hub: Hub, tmp_path: Path) -> None:
     loadback.load_locally(folder, scratch)
     commit = send(folder).commit
     files = hub.repos["user/model"].files()
+    names = [path.name for path in folder.iterdir()]
     oid = str(files["model.safetensors"].sha256)
     good = hub.store[oid]
 
     def refused(message: str) -> None:
         shutil.rmtree(scratch / "hub", ignore_errors=True)
         with pytest.raises(PublishError, match=message):
-            loadback.load_back("user/model", commit, commit, scratch, tokenizer=True)
+            loadback.load_back("user/model", commit, commit, scratch, files=names)
 
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.1.mlp.pool.u"
@@ -626,10 +643,11 @@ def test_what_differs_is_said(folder: Path, hub: Hub, tmp_path: Path) -> None:
     files["config.json"].data = json.dumps(config | {"rms_norm_eps": 0.1}).encode()
     refused("the weights are the same, but its logits differ by up to")
     files["config.json"].data = json.dumps(config).encode()
+    names.remove("modeling_peer.py")
     del files["modeling_peer.py"]
     refused("could not be loaded back")
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 18}))
-    with pytest.raises(PublishError, match="does not load without peerify"):
+    with pytest.raises(PublishError, match="does not load"):
         loadback.load_locally(folder, scratch)
     hub.repos.clear()  # what was made of it here is no push
 

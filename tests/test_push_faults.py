@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import SPEED, converted, copy, send, use
-from hub_server import EXPIRED, READER, WRITER, Hub
+from hub_client import converted, send, use
+from hub_server import EXPIRED, READER, WRITER, Fault, Hub
 
 from peerify import hub_calls, publishing
 from peerify.errors import PublishError
@@ -34,25 +34,6 @@ CALLS = {
     "commit": ("POST", "/commit/main"),
 }
 """Every call of a first push."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def folder(model: Path, tmp_path: Path) -> Path:
-    return copy(model, tmp_path / "out")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    with Hub() as hub:
-        use(hub, monkeypatch, tmp_path)
-        yield hub
-        assert hub.leaks == []
-        assert hub.halves() == []
 
 
 @pytest.fixture
@@ -149,11 +130,27 @@ def test_retry_after_is_waited_for(model: Path, hub: Hub, waits: list[float], ca
     assert sum(waits) < 40
 
 
-def test_a_server_that_is_gone_for_a_while(model: Path, hub: Hub) -> None:
-    """20 seconds, at the speed of these tests."""
-    hub.before("PUT", "/object/", lambda: threading.Thread(target=hub.gone_for, args=[20 / SPEED]).start())
-    hub.before("POST", "/commit/", lambda: threading.Thread(target=hub.gone_for, args=[20 / SPEED]).start())
+@pytest.mark.parametrize("call", ["upload", "commit"])
+def test_a_server_that_is_gone_for_a_while(
+    model: Path, hub: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Until the client has waited for 20 seconds, at the speed of these tests."""
+    sleep = time.sleep
+
+    def wait(seconds: float) -> None:
+        sleep(seconds)
+        if hub.down and sum(waits) >= 20:
+            hub.start()
+
+    def go(handler: Any) -> bool:
+        hub.stop()
+        handler.hang_up()
+        return True
+
+    monkeypatch.setattr(time, "sleep", wait)
+    hub.faults.append(Fault(*CALLS[call], go, 1))
     send(model)
+    assert sum(waits) >= 20
     assert len(hub.writes("user/model")) == 1
 
 
@@ -168,6 +165,25 @@ def test_a_server_that_is_gone_for_20_seconds(model: Path, tmp_path: Path) -> No
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out.strip()) == (0, "True"), err
         assert len(hub.writes("user/model")) == 1
+
+
+@pytest.mark.slow
+def test_a_hub_that_fails_while_loading_back(model: Path, hub: Hub) -> None:
+    """Busy, cut off in the middle of the weights, then gone for 20 seconds."""
+    address = "/user/model/resolve/"
+    hub.fail("GET", "/api/models/user/model/revision/", 503)
+    hub.fail("GET", "/api/models/user/model/revision/", 429, Retry_After="1")
+    hub.cut("GET", "/object/", after=1000)
+    before: list[int] = []
+
+    def go() -> None:
+        before.append(len(hub.requests))
+        threading.Thread(target=hub.gone_for, args=[20]).start()
+
+    hub.before("HEAD", address + ".*modeling_peer.py", go)
+    result = publishing.push(model, "user/model")
+    assert result["verified"]
+    assert before, "the Hub was not gone while loading back"
 
 
 # Faults that stay
@@ -279,6 +295,21 @@ def test_two_pushes_at_once(model: Path, folder: Path, hub: Hub) -> None:
     stored = {name: hub.store.get(file.sha256 or "") for name, file in repo.files().items()}
     assert stored["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert hub.repos["user/model"].commits[done[0].commit]["model.safetensors"].sha256 in hub.store
+
+
+def test_what_others_change_meanwhile_is_seen(model: Path, tmp_path: Path, hub: Hub) -> None:
+    """Between our last look and our commit, shards arrive that would be loaded in place of ours, and an edited card."""
+    sharded = converted(tmp_path / "sharded", shards="8KB")
+
+    def others() -> None:
+        send(sharded)
+        hub.repos["user/model"].edit("README.md", lambda text: text + "\n## Thanks\n")
+
+    hub.before("POST", "/commit/", others)
+    send(model)
+    files = hub.repos["user/model"].files()
+    assert [name for name in files if name.startswith("model") and "safetensors" in name] == ["model.safetensors"]
+    assert files["README.md"].data.decode().endswith("## Thanks\n")
 
 
 def test_the_same_push_twice_at_once(model: Path, hub: Hub) -> None:

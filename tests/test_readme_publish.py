@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -37,18 +38,25 @@ def log_in(environment: dict[str, str], folder: Path) -> None:
         start_new_session=True,
     )
     os.close(terminal)
-    said, end = b"", time.monotonic() + 120
-    answers = {b"Paste an access token\r\n": "\x1b[B\r", b"will not be visible): ": f"{WRITER}\n", b"(y/n)": "n\n"}
-    while process.poll() is None and time.monotonic() < end:
-        if select.select([main], [], [], 0.2)[0]:
-            try:
-                said += os.read(main, 4096)
-            except OSError:  # the terminal is gone with the process
-                break
-        for prompt in [prompt for prompt in answers if prompt in said]:
-            os.write(main, answers.pop(prompt).encode())
-    assert process.wait(30) == 0, said.decode()
-    os.close(main)
+    said, end = b"", time.monotonic() + 300
+    answers = {b"Paste an access token": "\x1b[B\r", b"will not be visible): ": f"{WRITER}\n", b"(y/n)": "n\n"}
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            if select.select([main], [], [], 0.2)[0]:
+                try:
+                    said += os.read(main, 4096)
+                except OSError:  # the terminal is gone with the process
+                    break
+            for prompt in [prompt for prompt in answers if prompt in said]:
+                # The menu is drawn before it listens to single keys, and what was typed until then is lost.
+                listens = "\n" in answers[prompt] or not termios.tcgetattr(main)[3] & termios.ICANON
+                if listens:
+                    os.write(main, answers.pop(prompt).encode())
+        assert process.wait(30) == 0, said.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
 
 
 @pytest.mark.slow
