@@ -31,13 +31,14 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     problem: Exception | None = None
     try:
         yield example_inputs(model)
-    except (ConversionError, AttributeError, TypeError) as error:  # a config without what the rules look for
+    except (ConversionError, AttributeError, TypeError, ValueError) as error:  # a config unlike the rules
         problem = error
     accepted = arguments(model)
     required = {n for n, p in accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     sets: list[set[str]] = [
         *(set(), _TILED, _TEXT | _TILED, _TEXT, _SEEN, _TEXT | _SEEN),
         *(_HEARD, _TEXT | _HEARD, _PATCHES, _SERIES, _MORE, _TEXT | _MORE),
+        {"inputs_embeds", "decoder_input_ids"},  # a decoder of what another model made
     ]
     tried: list[set[str]] = []
     for extra in sets:

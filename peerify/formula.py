@@ -123,9 +123,6 @@ def _walk(z: Value) -> Chain | None:
             continue
         seen.add(value)
         if value.kind == "projection":
-            x = without_reshape(value.args[0])
-            if any(without_reshape(leaf.args[0]) is not x for leaf in chain.leaves):
-                return None
             chain.leaves.append(value)
         elif value.kind == "parameter" and value.shape.numel() == 1:
             chain.learned.append(value)
@@ -145,9 +142,28 @@ def _walk(z: Value) -> Chain | None:
             stack.extend((parent, False) for parent in value.parents())
         else:
             return None
-        if len(seen) > _LONGEST_CHAIN or len(chain.leaves) > 2:
+        if len(seen) > _LONGEST_CHAIN or len(chain.leaves) > 4:  # gate, up and an adapter of each
             return None
-    return chain if chain.leaves else None
+    _set_adapters_apart(chain)
+    if not 1 <= len(chain.leaves) <= 2:
+        return None
+    return chain if len({_input(leaf) for leaf in chain.leaves}) == 1 else None
+
+
+def _input(projection: Value) -> Value:
+    return without_reshape(projection.args[0])
+
+
+def _set_adapters_apart(chain: Chain) -> None:
+    """Turn leaves that read x through another linear layer, and are added to one that reads x, into an obstacle."""
+    direct = [leaf for leaf in chain.leaves if _input(leaf).kind != "projection"]
+    xs = {_input(leaf) for leaf in direct}
+    through = [leaf for leaf in chain.leaves if leaf not in direct]
+    if through and all(
+        _input(_input(leaf)) in xs and all(base_name(c) == "add" for c in leaf.consumers) for leaf in through
+    ):
+        chain.leaves = direct
+        chain.obstacles.append("low-rank adapters of its own add to its linear layers")
 
 
 def _routed(x: Value) -> bool:

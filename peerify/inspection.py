@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from peerify.checkpoint import load_skeleton
 from peerify.errors import ConversionError, UsageError
@@ -40,7 +42,8 @@ def inspect_model(
         "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
         weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
         finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
-        has, by path, models inside the model of which nothing could be run from the config alone, with the reason.
+        has, by path, models inside the model ("": the model itself) of which not all could be run from the config
+        alone, with the reason.
 
     Raises:
         UsageError: `active` is not in (0, 1].
@@ -53,7 +56,7 @@ def inspect_model(
     model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
     dtype = getattr(model.config, "dtype", None) or torch.float32
     config = PeerConfig(active=active)
-    sites, unseen = survey(model)
+    sites, unseen = _survey(model)
     rows = [_row(site, config, dtype.itemsize) for site in sites]
     tell("Finding feed-forward layers", 1, 1)
     able = [row for row in rows if row["convertible"]]
@@ -82,6 +85,29 @@ def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
         active, router = _shares(options)
         rows.append({**options, "path": path, "active": active, "router": router})
     return rows
+
+
+_FEW_PARAMETERS = 200_000_000
+"""Of a model that is made with random weights, where its config alone does not say what it runs: 0.8 GB."""
+
+
+def _survey(model: PreTrainedModel) -> tuple[list[Site], dict[str, str]]:
+    """`survey` of a model on the meta device; what cannot be run there is run with random weights if it is small.
+
+    A model that cannot be run at all has no sites, and the reason at "".
+    """
+    try:
+        found = survey(model)
+    except ConversionError as error:
+        found = [], {"": str(error)}
+    if "" not in found[1] or model.num_parameters() > _FEW_PARAMETERS:
+        return found
+    with suppress(Exception), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        real = survey(type(model)._from_config(model.config, dtype=torch.float32).eval())
+        if len(real[0]) >= len(found[0]):
+            return real
+    return found
 
 
 _COSTS = ("dense", "converted", "router")

@@ -706,10 +706,16 @@ def _register(config_class: type, base: type) -> None:
     transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
     autos = _auto_classes()
     for auto, model_name in _heads(base.model_type).items():  # type: ignore[attr-defined]
-        # Some Auto classes name a model for a type whose config it cannot take (the text part of a larger one).
-        if getattr(getattr(transformers, model_name, None), "config_class", None) is base:
-            model = globals().get("Peer" + model_name) or __getattr__("Peer" + model_name)
-            autos[auto].register(config_class, model, exist_ok=True)  # type: ignore[attr-defined]
+        dense = getattr(transformers, model_name, None)
+        if not isinstance(dense, type) or not issubclass(dense, PreTrainedModel):
+            continue  # not exported, or a stand-in for what lacks a package
+        # Some Auto classes name a model for a type whose config it cannot take: the text part of a larger one.
+        if dense.config_class in base.sub_configs.values():  # type: ignore[attr-defined]
+            continue
+        model = globals().get("Peer" + model_name) or __getattr__("Peer" + model_name)
+        # Not by the Auto class's own `register`, which insists on the model's own config class: ShieldGemma 2 builds
+        # Gemma 3 with its config.
+        autos[auto]._model_mapping.register(config_class, model, exist_ok=True)  # type: ignore[attr-defined]
 
 
 def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:

@@ -320,6 +320,18 @@ def test_clamps_shifts_and_constant_factors_belong_to_the_layer(
     assert relative_error(model(x), expected) < 1e-6
 
 
+def test_low_rank_adapters_beside_the_projection_are_the_reason() -> None:
+    def adapted(m: Any, x: Tensor) -> Tensor:
+        gate, value = (m.fc(x) + m.b(m.a(x))).chunk(2, dim=-1)
+        return m.out(F.silu(gate) * value)
+
+    low = {"a": nn.Linear(D, 3, bias=False), "b": nn.Linear(3, fused().out_features, bias=False)}
+    model = nn.Sequential(Block(Zoo(adapted, fc=fused(), out=down(), **low))).eval()
+    (site,) = find_feedforwards(model, {"input": torch.randn(2, 5, D)})
+    assert not site.convertible
+    assert "adapters" in site.reason
+
+
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "relu2", "gelu_pytorch_tanh"])
 def test_two_neurons_and_one_token_are_enough_to_tell_the_activation(name: str) -> None:
     layer = Zoo(lambda m, x: m.out(ACT2FN[name](m.fc(x))), fc=nn.Linear(D, 2), out=nn.Linear(2, D))

@@ -247,6 +247,21 @@ def test_inspection_has_every_column_and_says_what_it_left_out(tmp_path: Path) -
     assert result["unseen"] == {}
 
 
+@pytest.mark.parametrize(("few", "lines"), [(10**9, []), (0, [""])])
+def test_a_model_that_branches_on_activations_is_inspected_with_random_weights_if_small(
+    few: int, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerify.inspection._FEW_PARAMETERS", few)
+    hf.JetMoeConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, architectures=["JetMoeForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    state = torch.get_rng_state()
+    result = inspect_model(str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (result["feedforwards"], list(result["unseen"])) == ([], lines)
+
+
 LARGE = """
 import json, resource, sys
 from peerify.inspection import inspect_model

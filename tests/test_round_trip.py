@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCAB, inputs_for, logits
@@ -161,9 +162,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     convert(model, PeerConfig(active=0.5), torch.randint(0, 256, (8, 32)))
     tokenizer.save_pretrained(root / "tied-sharded")
     keep("tied-sharded", "AutoModelForCausalLM", model, {"input_ids": torch.randint(0, 256, (2, 9))}, "8KB")
+
+    # Its constructor asks an Auto class for another architecture with its own config.
+    model = shieldgemma2()
+    picture = {"pixel_values": torch.randn(1, 3, 16, 16), "input_ids": torch.tensor([[3, *[5] * 4, 7, 8, 9]])}
+    picture["token_type_ids"] = (picture["input_ids"] == 5).long()
+    convert(model, PeerConfig(active=0.5), [picture])
+    assert len(model.config.peer["layers"]) == 5  # one of them pools what the tower sees
+    keep("shieldgemma2", "AutoModelForImageClassification", model, picture, "5GB")
     (root / "models.json").write_text(json.dumps(autos))
     yield root
     torch.set_num_threads(threads)
+
+
+def shieldgemma2() -> Any:
+    part = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ShieldGemma2Config(
+        text_config={**part, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "pad_token_id": 0},
+        vision_config={**part, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_id=5,
+        boi_token_id=6,
+        eoi_token_id=7,
+        yes_token_index=10,
+        no_token_index=11,
+    )
+    return transformers.ShieldGemma2ForImageClassification(config).eval()
 
 
 def python(code: str, folder: Path, *options: str) -> str:
@@ -194,9 +218,13 @@ def test_without_peerify(folder: Path) -> None:
     said = python(BLOCK + STRANGER, folder, "-I").splitlines()
     for line in ("cache", "pipeline", "backbone", "another head", "no trust, no model"):
         assert line in said
-    assert {line for line in said if line.startswith("same ")} == {f"same {name}" for name in [*MODELS, "tied-sharded"]}
+    assert {line for line in said if line.startswith("same ")} == {
+        f"same {name}" for name in [*MODELS, "tied-sharded", "shieldgemma2"]
+    }
 
 
 def test_with_peerify_no_trust_is_needed(folder: Path) -> None:
     said = python(FRIEND, folder).splitlines()
-    assert {line for line in said if line.startswith("same ")} == {f"same {name}" for name in [*MODELS, "tied-sharded"]}
+    assert {line for line in said if line.startswith("same ")} == {
+        f"same {name}" for name in [*MODELS, "tied-sharded", "shieldgemma2"]
+    }

@@ -52,12 +52,19 @@ VALUES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _VIBEVOICE, "semantic_tokenizer_encoder_config": _VIBEVOICE},
     "vibevoice": {"audio_config": _VIBEVOICE, "semantic_model_config": _VIBEVOICE},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ernie_rope}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ernie_rope}, "vision_config": {"num_heads": 4}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
     },
     "deepseek_ocr2": {
-        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "vision_config": {
+            "encoder_config": {
+                "hidden_size": lambda scale: 896 // scale.width,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+            }
+        },
     },
     "granite4_vision": {
         "vision_config": {"image_size": 64, "patch_size": 16},
@@ -78,9 +85,14 @@ VALUES: dict[str, dict[str, Any]] = {
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}
     },
     "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1], "num_queries": 10},
+    "zamba": {"layers_block_type": ["hybrid", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
     "nemo_speechlm": {"text_config": {"layers_block_type": ["linear_attention", "moe", "full_attention"]}},
-    "lw_detr": {"backbone_config": {"image_size": 256, "num_hidden_layers": 4, "out_indices": [2, 4]}},
+    "lw_detr": {
+        "projector_scale_factors": [1.0],
+        "num_queries": 10,
+        "backbone_config": {"image_size": 256, "num_hidden_layers": 4, "out_indices": [2, 4]},
+    },
     "aria": {"projector_patch_to_query_dict": {1: 4, 49: 4}},
     "idefics3": _FOUR_BY_FOUR,
     "smolvlm": _FOUR_BY_FOUR,
@@ -89,14 +101,20 @@ VALUES: dict[str, dict[str, Any]] = {
     "colmodernvbert": {"vlm_config": _FOUR_BY_FOUR},
     "vipllava": {"vision_feature_layers": [-1, -2, -3, 0, 1]},
     "t5gemma2": {"encoder": _NINE},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "autoformer": {"prediction_length": 8},
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": lambda scale: 4096 // scale.width},
+        "vision_config": {"num_position_embeddings": None},
+    },
+    "autoformer": {"prediction_length": 8, "label_length": 4},
     "informer": {"prediction_length": 8},
     "time_series_transformer": {"prediction_length": 8},
     "deepseek_v2": _MOE,
     "dots1": _MOE | {"n_shared_experts": 1},
     "esm": {"vocab_size": 64, "mask_token_id": 32, "pad_token_id": 1},
-    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, **{f"<|visual token {i:06d}|>": 10 + i for i in range(8)}},
+        "vq_config": {"codebook_size": 8},
+    },
     "granitemoeshared": {"shared_intermediate_size": 48},
     "granitemoehybrid": {"shared_intermediate_size": 48},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
@@ -108,6 +126,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "zoedepth": _FOUR_LEVELS,
     "chmv2": _FOUR_LEVELS,
     "tipsv2_dpt": _FOUR_LEVELS,
+    "neomme": {"layer_types": ["sliding_attention", "full_attention"]},
     "xmod": {"default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
@@ -209,6 +228,15 @@ def _clip(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"input_ids": torch.arange(20, 28)[None], "attention_mask": mask, "pixel_values": film}
 
 
+def _units(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """What its text decoder made of eight tokens of two characters each."""
+    return {
+        "inputs_embeds": torch.randn(1, 8, model.config.hidden_size, generator=generator),
+        "char_input_ids": torch.arange(16)[None] + 4,
+        "char_count_per_id": torch.full((1, 8), 2),
+    }
+
+
 INPUTS: dict[tuple[str, str], Callable[..., dict[str, Any]]] = {
     ("siglip2", "Siglip2Model"): _siglip2_pair,
     ("siglip2", "*"): _siglip2,
@@ -221,6 +249,7 @@ INPUTS: dict[tuple[str, str], Callable[..., dict[str, Any]]] = {
     ("decision_transformer", "*"): _decisions,
     ("pix2struct", "Pix2StructForConditionalGeneration"): _pages,
     ("siglip2_vision_model", "*"): _siglip2,
+    ("seamless_m4t_v2", "SeamlessM4Tv2TextToUnitForConditionalGeneration"): _units,
 }
 """(model type, class name or "*") → function of (model, generator) that makes the inputs."""
 

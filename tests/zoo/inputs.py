@@ -17,7 +17,7 @@ from peerify.errors import ConversionError
 def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Inputs to try in order."""
     if "MultipleChoice" in type(model).__name__:
-        given = examples.example_inputs(model)
+        given = next(examples.candidates(model))
         yield {name: x[:, None].expand(-1, 2, -1) for name, x in given.items() if isinstance(x, Tensor)}
     if "input_ids" in examples.arguments(model):
         yield from with_media(model)

@@ -199,7 +199,10 @@ def _sounds(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     for frames in dict.fromkeys((2 * positions if isinstance(positions, int) else 64, 64, 200, 3000)):
         mask = torch.ones(1, frames, dtype=torch.long)
         masks = dict.fromkeys(("input_features_mask", "feature_attention_mask", "padding_mask", "attention_mask"), mask)
-        lengths = {"audio_feature_lengths": torch.tensor([frames])}
+        lengths = {
+            "audio_feature_lengths": torch.tensor([frames]),
+            "chunk_sample_lengths": torch.tensor([160 * frames]),
+        }
         masks |= {"input_features_attention_mask": mask}
         sound = noise(1, bins, frames)
         for x in (sound, sound.transpose(1, 2), noise(1, 1, frames), noise(1, frames)):
