@@ -22,7 +22,7 @@ from peerify.feedforward import Site, calibrated_feedforwards, select_sites
 from peerify.modeling_peer import FORMAT, PEER, adopt
 from peerify.plan import plan_layer, splits
 from peerify.recipe import PeerConfig
-from peerify.refine import refine_router
+from peerify.refine import refine
 from peerify.refit import fit_outputs, relative_error
 from peerify.router import RouterFit, fill_keys, fit_router, points
 
@@ -131,8 +131,8 @@ def convert_layer(ff: FeedForward, data: SiteData, config: PeerConfig) -> tuple[
     layer = _build(ff, plan, fit, neuron_n, share_n)
     if plan["rerank"] is not None:
         plan = plan | _choose(layer, plan["rerank"], splits(config, plan), fit, neuron_n, data)
-    refine_router(layer, data.x_td, steps=config.refine_steps, seed=config.seed)
     target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
+    refine(layer, data.x_td, target_td, steps=config.refine_steps, seed=config.seed)
     inexact = layer.gates != "unit" or layer.topk < layer.num_experts - layer.num_shared
     data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and inexact)
     return layer, plan, relative_error(data.converted_td, data.y_td)

@@ -104,7 +104,7 @@ class PeerConfig(BaseModel):
     """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""
 
     refine_steps: int | None = Field(default=None, ge=0)
-    """Gradient steps that refine each layer's router after its closed-form fit; by default one pass over the text."""
+    """Gradient steps that refine router and experts of each layer on its own output; by default two passes."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random; the same seed gives the same bytes."""

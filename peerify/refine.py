@@ -1,58 +1,68 @@
-"""Refine a router by gradient: let it miss as little as possible of what its experts have to say.
+"""Refine a layer by gradient, by itself: a router that misses little, and experts that make up for what is missed.
 
 The closed-form fit (router.py) predicts how much each expert matters; what counts in the end is which ones come first.
-With hard top-k there is no gradient, so here the choice is relaxed: expert i is in with probability
-m_i = sigmoid((s_i - tau) / T), tau such that the m_i sum to k. The loss is the energy of what is left out,
-sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking. Only the router
-learns, a layer at a time: the experts stay what they are.
+With hard top-k there is no gradient, so for the router the choice is relaxed: expert i is in with probability
+m_i = sigmoid((s_i - tau) / T), tau such that the m_i sum to k. Its loss is the energy of what is left out,
+sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking. The experts learn
+at the same time, under the hard choice, from the squared error of the layer's output. Both are taken per token,
+relative to what there is: a few tokens of many models have activations a hundred times the size of all others.
 
-Suffixes: t tokens, d d_model, n routed experts, h heads, m rows + columns, r query.
+Suffixes: t tokens, d d_model, n experts (scores: routed ones only), h heads, m rows + columns.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from peerify.modeling_peer import PEER
+from peerify.modeling_peer import PEER, ProductKeys
 
 BATCH = 512  # tokens
+PASSES = 2  # over the calibration text, unless the number of steps is given
 RATE = 6e-3  # of Adam, for biases in units of the spread of the scores, for queries in that of their elements
 KEY_RATE = 0.15  # for sub-keys, in units of the spread of their elements
+EXPERT_RATE = 0.02  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
 TEMPERATURE = 0.3  # in units of the spread of the scores
 SLOPE = 0.3  # of the score in the re-ranking, to start from
 NEWTON_STEPS = 8
 
 
-def refine_router(layer: PEER, x_td: Tensor, *, steps: int | None, seed: int) -> None:
-    """Train queries, sub-keys and re-ranking of `layer` on its input, in place.
+def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, seed: int) -> None:
+    """Train router and experts of `layer`, in place.
 
     Does nothing where the relaxation does not speak of one choice: heads that search one pool or spend budgets of their
     own, queries with a norm, gates other than unit, and layers that retrieve everything.
 
     Args:
         x_td: calibration input of the layer.
-        steps: of BATCH tokens each; None: one pass over `x_td`.
+        target_td: what its output should be.
+        steps: of BATCH tokens each; None: PASSES over `x_td`.
     """
     routed = layer.num_experts - layer.num_shared
     one_choice = not layer.share_pool and (layer.joint_topk or layer.num_heads == 1)
-    if not one_choice or layer.gates != "unit" or layer.keys.query_norm is not None or layer.topk >= routed:
+    if not one_choice or layer.gates != "unit" or layer.keys.query_norm is not None or layer.candidates >= routed:
         return
-    steps = max(1, len(x_td) // BATCH) if steps is None else steps
-    if steps == 0 or layer.candidates >= routed:
+    steps = max(1, PASSES * len(x_td) // BATCH) if steps is None else steps
+    if steps == 0:
         return
     with torch.enable_grad():
-        _train(layer, x_td, steps, seed)
+        _train(layer, x_td, target_td, steps, seed)
+    layer.zero_grad(set_to_none=True)
 
 
-def _train(layer: PEER, x_td: Tensor, steps: int, seed: int) -> None:
+def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) -> None:
     router = _Router(layer, x_td)
-    groups = [{"params": [tensor], "rate": rate} for tensor, rate in router.learned()]
-    optimizer = torch.optim.Adam(groups, lr=RATE, betas=(0.9, 0.99))
+    pool = layer.pool
+    tables = [pool.u, pool.v, pool.gate, pool.u_bias, pool.gate_bias, layer.bias]
+    learned = router.learned() + [(table, EXPERT_RATE * _spread(table)) for table in tables if table is not None]
+    optimizer = torch.optim.Adam([{"params": [tensor], "rate": rate} for tensor, rate in learned], betas=(0.9, 0.99))
+    half = x_td.dtype == torch.float32 and _has_fast_bfloat16(x_td.device)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(steps):
@@ -62,109 +72,115 @@ def _train(layer: PEER, x_td: Tensor, steps: int, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
         optimizer.zero_grad()
-        router.loss(x_td[batch]).backward()
+        with torch.autocast(x_td.device.type, torch.bfloat16, enabled=half):
+            loss = _loss(layer, router, x_td[batch], target_td[batch])
+        loss.backward()
         optimizer.step()
-    router.store()
+    router.store(layer)
+
+
+def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tensor:
+    """Energy that the router misses plus squared error of the output, each as a share of all, per token."""
+    pool, shared, tiny = layer.pool, layer.num_shared, torch.finfo(x_td.dtype).tiny
+    u_tn = F.linear(x_td, pool.u, pool.u_bias).to(x_td.dtype)
+    gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias).to(x_td.dtype)
+    a_tn = pool._activate(u_tn, gate_tn)
+    score_tn = router.scores(x_td)
+    with torch.no_grad():
+        energy_tn = (a_tn[:, shared:] * pool.v[shared:].norm(dim=1)).square_()
+        energy_tn /= energy_tn.sum(1, keepdim=True).clamp_min(tiny)
+        kept_tn = candidate_tn = score_tn >= threshold(score_tn, layer.candidates)
+    chosen_tn = SoftTopK.apply(score_tn, layer.candidates, TEMPERATURE)
+    if router.log_scale_n is None or layer.topk == layer.candidates:
+        missed_tn = 1 - chosen_tn
+    else:
+        with torch.no_grad():
+            probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
+            size_tn = pool._size(probe_tn).clamp_min(1e-30).log()
+        worth_tn = size_tn + router.log_scale_n + router.slope * score_tn
+        among_tn = worth_tn.masked_fill(~candidate_tn, -1e4)
+        least_t1 = threshold(among_tn, layer.topk)
+        kept_tn = among_tn.detach() >= least_t1
+        # Being a candidate pays for those that re-ranking would keep; being kept, for those that are candidates.
+        missed_tn = (1 - chosen_tn) * (worth_tn.detach() >= least_t1)
+        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.topk, TEMPERATURE)) * candidate_tn
+    weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
+    y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
+    error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
+    error_t = error_t / target_td.square().sum(1).clamp_min(tiny)
+    return (missed_tn * energy_tn).sum(1).mean() + error_t.mean()
 
 
 class _Router:
     """A layer's router in coordinates that suit Adam: standardised input, scores of spread 1."""
 
     def __init__(self, layer: PEER, x_td: Tensor) -> None:
-        keys, pool = layer.keys, layer.pool
-        self.layer, self.scale_d = layer, x_td.std(0).clamp_min(1e-6 * float(x_td.std()) + 1e-30)
+        keys = copy.deepcopy(layer.keys)
+        self.keys, self.scale_d = keys, x_td.std(0).clamp_min(1e-6 * float(x_td.std()) + 1e-30)
         # Without biases nothing could take over what centring moves.
         self.mean_d = torch.zeros_like(x_td[0]) if keys.sub_key_bias is None else x_td.mean(0)
-        first = keys.sub_keys if keys.query_proj is None else keys.query_proj.weight
-        self.first = (first.data * self.scale_d).requires_grad_()  # what meets the input: sub-keys, or queries
-        self.second = None if keys.query_proj is None else keys.sub_keys.data.clone().requires_grad_()
-        self.bias_hm = (self._at_mean() + (0.0 if keys.sub_key_bias is None else keys.sub_key_bias.data)).detach()
         with torch.no_grad():
+            bias_hm = self._at_mean(keys)
+            _meets_input(keys).mul_(self.scale_d)
+            if keys.sub_key_bias is not None:
+                keys.sub_key_bias.copy_(bias_hm)
             spread = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
-            (self.first if self.second is None else self.second).div_(spread)
-            self.bias_hm.div_(spread)
-        self.bias_hm.requires_grad_(keys.sub_key_bias is not None)
+            keys.sub_keys.div_(spread)
+            if keys.sub_key_bias is not None:
+                keys.sub_key_bias.div_(spread)
         self.slope = torch.full_like(x_td[0, :1], SLOPE).requires_grad_()
-        self.norm_n = pool.v.data[layer.num_shared :].norm(dim=1)
-        scale_n = pool.rerank_scale
         self.log_scale_n = None
-        if scale_n is not None:
-            self.log_scale_n = scale_n.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()
+        if layer.pool.rerank_scale is not None:
+            self.log_scale_n = layer.pool.rerank_scale.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()
 
     def learned(self) -> list[tuple[Tensor, float]]:
         """The tensors that learn, and the rates they learn at."""
-        keys = self.first if self.second is None else self.second
-        found = [(keys, KEY_RATE * float(keys.detach().std()))]
-        found += [] if self.second is None else [(self.first, RATE * float(self.first.detach().std()))]
-        found += [(self.bias_hm, RATE)] if self.bias_hm.requires_grad else []
+        keys = self.keys
+        found: list[tuple[Tensor, float]] = [(keys.sub_keys, KEY_RATE * _spread(keys.sub_keys))]
+        if keys.query_proj is not None:
+            found.append((keys.query_proj.weight, RATE * _spread(keys.query_proj.weight)))
+        if keys.sub_key_bias is not None:
+            found.append((keys.sub_key_bias, RATE))
         return found + ([] if self.log_scale_n is None else [(self.slope, RATE / 2), (self.log_scale_n, RATE / 2)])
 
     def scores(self, x_td: Tensor) -> Tensor:
-        """(t, n), by the same additions as the layer's."""
-        keys = self.layer.keys
-        return self._cells(self._sub_scores((x_td - self.mean_d) / self.scale_d) + self.bias_hm)[:, : keys.num_keys]
+        """(t, n), those of the layer but for a factor."""
+        row_tha, column_thb = self.keys.sub_scores((x_td - self.mean_d) / self.scale_d)
+        return (row_tha[..., None] + column_thb[..., None, :]).flatten(1)[:, : self.keys.num_keys]
 
-    def _sub_scores(self, x_td: Tensor) -> Tensor:
-        keys = self.layer.keys
-        if self.second is None:
-            return torch.einsum("td,hmd->thm", x_td, self.first)
-        query = x_td @ self.first.T
-        if keys.share_query:
-            return torch.einsum("tr,hmr->thm", query, self.second)
-        half_th2r = query.view(len(x_td), keys.num_heads, 2, -1)
-        rows = keys.grid[0]
-        row_tha = torch.einsum("thr,har->tha", half_th2r[:, :, 0], self.second[:, :rows])
-        return torch.cat([row_tha, torch.einsum("thr,hbr->thb", half_th2r[:, :, 1], self.second[:, rows:])], dim=-1)
-
-    def _cells(self, score_thm: Tensor) -> Tensor:
-        row_tha, column_thb = score_thm.split(self.layer.keys.grid, dim=-1)
-        return (row_tha[..., None] + column_thb[..., None, :]).flatten(1)
-
-    def _at_mean(self) -> Tensor:
+    def _at_mean(self, keys: ProductKeys) -> Tensor:
         """Sub-scores of the mean input, (h, m): what the bias takes over when the input is centred."""
-        with torch.no_grad():
-            return self._sub_scores((self.mean_d / self.scale_d)[None])[0]
-
-    def loss(self, x_td: Tensor) -> Tensor:
-        """Energy missed, as a share of all."""
-        layer, pool, shared = self.layer, self.layer.pool, self.layer.num_shared
-        with torch.no_grad():
-            u_tn = nn.functional.linear(x_td, pool.u, pool.u_bias)
-            gate_tn = None if pool.gate is None else nn.functional.linear(x_td, pool.gate, pool.gate_bias)
-            energy_tn = (pool._activate(u_tn, gate_tn)[:, shared:] * self.norm_n).square_()
-            # Per token: a few tokens of many models have activations a hundred times the size of all others.
-            energy_tn /= energy_tn.sum(1, keepdim=True).clamp_min(torch.finfo(x_td.dtype).tiny)
-        score_tn = self.scores(x_td)
-        chosen_tn = SoftTopK.apply(score_tn, layer.candidates, TEMPERATURE)
-        if self.log_scale_n is None or layer.topk == layer.candidates:
-            return ((1 - chosen_tn) * energy_tn).sum(1).mean()
-        with torch.no_grad():
-            probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
-            size_tn = pool._size(probe_tn).clamp_min(1e-30).log()
-            candidate_tn = score_tn >= threshold(score_tn, layer.candidates)
-        worth_tn = size_tn + self.log_scale_n + self.slope * score_tn
-        among_tn = worth_tn.masked_fill(~candidate_tn, -1e4)
-        least_t1 = threshold(among_tn.detach(), layer.topk)
-        # Being a candidate pays for those that re-ranking would keep; being kept, for those that are candidates.
-        missed_tn = (1 - chosen_tn) * (worth_tn.detach() >= least_t1)
-        dropped_tn = (1 - SoftTopK.apply(among_tn, layer.topk, TEMPERATURE)) * candidate_tn
-        return ((missed_tn + dropped_tn) * energy_tn).sum(1).mean()
+        return torch.cat(keys.sub_scores(self.mean_d[None]), dim=-1)[0]
 
     @torch.no_grad()
-    def store(self) -> None:
+    def store(self, layer: PEER) -> None:
         """Into the layer's own parameters."""
-        keys, pool = self.layer.keys, self.layer.pool
+        keys, pool = copy.deepcopy(self.keys), layer.pool
+        _meets_input(keys).div_(self.scale_d)
         if keys.sub_key_bias is not None:
-            keys.sub_key_bias.copy_(self.bias_hm - self._at_mean())
-        first = self.first / self.scale_d
-        if self.second is None:
-            keys.sub_keys.copy_(first)
-        else:
-            keys.query_proj.weight.copy_(first)  # type: ignore[union-attr]
-            keys.sub_keys.copy_(self.second)
+            bias_hm = keys.sub_key_bias.clone()
+            keys.sub_key_bias.zero_()
+            keys.sub_key_bias.copy_(bias_hm - self._at_mean(keys))
+        layer.keys.load_state_dict(keys.state_dict())
         if self.log_scale_n is not None and pool.rerank_scale is not None and pool.rerank_slope is not None:
-            pool.rerank_scale[self.layer.num_shared :] = self.log_scale_n.exp()
+            pool.rerank_scale[layer.num_shared :] = self.log_scale_n.exp()
             pool.rerank_slope.copy_(self.slope)
+
+
+def _meets_input(keys: ProductKeys) -> Tensor:
+    """The weights that are multiplied with a layer's input: queries where there are any, else sub-keys."""
+    return (keys.sub_keys if keys.query_proj is None else keys.query_proj.weight).data
+
+
+def _spread(table: Tensor) -> float:
+    return float(table.detach().std()) if table.numel() > 1 else 0.0
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32; masters and sums stay float32."""
+    if device.type == "cpu":  # torch has no public word for it
+        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def threshold(x: Tensor, k: int) -> Tensor:
