@@ -4,8 +4,7 @@ Converting layer l at active share a costs the model about k_l (1 - a)^POWER of 
 to first order. Then, at a given total of multiply-adds, the loss is least where (1 - a_l)^(POWER - 1) is proportional
 cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such total.
 
-k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move? The layer is
-fitted to the input that it gets behind the layers before it as they are converted here.
+k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move?
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ def sensitivities(
         if progress:
             progress("Measuring sensitivities", len(found), len(sites))
         layer, active = build(data)
+        data.converted_td = data.y_td  # the next layer, too, is measured in the dense model
         parameter = next(model.get_submodule(data.site.path).parameters())
         with torch.no_grad(), replaced(model, data.site, layer.to(parameter.device, parameter.dtype)):
             moved = sum(_distance(model, batch, out) for batch, out in zip(batches, wanted, strict=True))
@@ -111,9 +111,9 @@ def _first(batches: list[Batch]) -> list[Batch]:
     for batch in batches:
         if tokens >= TOKENS:
             break
-        main = next(iter(batch.values()))
+        main = next(value for value in batch.values() if isinstance(value, Tensor))
         rows = max(1, min(len(main), (TOKENS - tokens) // max(1, main[0].numel())))
-        chosen.append({name: value[:rows] for name, value in batch.items()})
+        chosen.append({name: value[:rows] if isinstance(value, Tensor) else value for name, value in batch.items()})
         tokens += rows * main[0].numel()
     return chosen
 
@@ -121,7 +121,9 @@ def _first(batches: list[Batch]) -> list[Batch]:
 def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     """Log-probabilities where the model predicts, else its first output; and which of the two."""
     device = next(model.parameters()).device
-    output: Any = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+    output: Any = model(
+        **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    )
     logits = getattr(output, "logits", None)
     return (output[0].float(), False) if logits is None else (logits.float().log_softmax(-1), True)
 

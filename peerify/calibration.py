@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peerify.errors import ConversionError
 from peerify.feedforward import Site
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 BATCH_TOKENS = 2048
 
 
@@ -58,7 +58,10 @@ def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[
         ConversionError: a layer's input is not finite.
     """
     device = next(model.parameters()).device
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    batches = [
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for batch in batches
+    ]
     paths = {site.path for site in sites}
     with _evaluating(model):
         body = _body(model, sites)
@@ -193,7 +196,7 @@ def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[
                 order.append((path, _recorded(args, kwargs), first))
 
             stack.enter_context(_hook(model.get_submodule(path).register_forward_hook(note, with_kwargs=True)))
-        body(**{name: tensor[:1, :8] if tensor.dim() == 2 else tensor[:1] for name, tensor in batches[0].items()})
+        body(**{name: _short(value) for name, value in batches[0].items()})
     chains: list[list[str]] = []
     previous: Any = None
     for path, call, output in order:
@@ -207,6 +210,13 @@ def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[
             chains.append([path])
         previous = output
     return [chain for chain in chains if any(_inside(site.path, block) for site in sites for block in chain)]
+
+
+def _short(value: Any) -> Any:
+    """One sample of an input, and only the start of it if that is a row of tokens; a waveform must stay whole."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[:1, :8] if value.dim() == 2 and not value.is_floating_point() else value[:1]
 
 
 def _block_inputs(model: nn.Module, body: nn.Module, chain: list[str], batches: list[Batch]) -> list[list[_Call]]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import FAMILIES, VOCAB, inputs_for
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2Model
 
-from peerify import calibration
+from peerify import PeerConfig, calibration, convert
 from peerify.calibration import SiteData, token_batches, walk
 from peerify.dense import FeedForward, read_feedforward, replace
 from peerify.errors import ConversionError
@@ -182,6 +182,18 @@ def test_batches_that_differ_in_shape_and_mask(seed: int) -> None:
         assert close(data.x_td, x_td)
         assert close(data.y_td, y_td)
         replace(model, data.site, Damaged(read_feedforward(model, data.site)))
+
+
+def test_waveforms_stay_whole_and_other_values_pass() -> None:
+    """A waveform cut to a few samples would be too short for the first convolution."""
+    small = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    widths = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_conv_pos_embeddings": 4}
+    config = Wav2Vec2Config(num_hidden_layers=2, num_conv_pos_embedding_groups=2, **small, **widths)
+    model = Wav2Vec2Model(config).eval()
+    batches = [{"input_values": torch.randn(2, 800), "output_attentions": False} for _ in range(2)]
+    conversion = convert(model, PeerConfig(active=0.5, allocation="sensitivity", refine_steps=2), batches)
+    assert len(conversion.layers) == 2
+    assert model(**batches[0]).last_hidden_state.isfinite().all()
 
 
 def test_blocks_that_run_twice(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
