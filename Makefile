@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(TEXT)')
+	@$(BIN)/python demo/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(TEXT)')
 
 lint: $(READY)
 	@echo "ruff check"; $(BIN)/ruff check --quiet .

@@ -25,6 +25,7 @@ _EXPORTS = {
     "load_dense": "peerify.checkpoint",
     "load_for_eval": "peerify.checkpoint",
     "perplexity": "peerify.evaluation",
+    "plan_conversion": "peerify.conversion",
     "push": "peerify.publishing",
     "save": "peerify.folder",
 }

@@ -2,7 +2,8 @@
 
 Converting layer l at active share a costs the model about k_l (1 - a)^POWER of its loss, and losses of layers add up,
 to first order. Then, at a given total of multiply-adds, the loss is least where (1 - a_l)^(POWER - 1) is proportional
-cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such total.
+to cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such
+total.
 
 k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move?
 """
@@ -10,7 +11,7 @@ k_l is measured: with only layer l converted, in closed form, how far do the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,25 +64,24 @@ def sensitivities(
     return found
 
 
-def allocate(k: dict[str, float], cost: dict[str, float], total: float) -> dict[str, float]:
+def allocate(
+    k: dict[str, float], cost: dict[str, float], total: float, *, least: float = LEAST, most: float = MOST
+) -> dict[str, float]:
     """The active share of each layer, at `total` of all layers' multiply-adds, that makes sum k (1 - a)^POWER least.
 
     Args:
         k: sensitivities.
         cost: multiply-adds of each dense layer.
         total: mean active share, weighted by cost.
+        least: of a layer's share, where `total` allows it.
+        most: of a layer's share.
     """
-    budget = total * sum(cost.values())
+    budget = total * sum(cost[path] for path in k)
 
-    def shares(price: float) -> dict[str, float]:
-        return {path: min(MOST, max(LEAST, 1 - price * (cost[path] / k[path]) ** (1 / (POWER - 1)))) for path in k}
+    def too_much(shares: dict[str, float]) -> bool:
+        return sum(share * cost[path] for path, share in shares.items()) > budget
 
-    low, high = 0.0, max((k[path] / cost[path]) ** (1 / (POWER - 1)) for path in k)
-    for _ in range(100):  # by bisection: what is spent falls as the price rises
-        price = (low + high) / 2
-        spent = sum(share * cost[path] for path, share in shares(price).items())
-        low, high = (price, high) if spent > budget else (low, price)
-    return shares(high)
+    return _by_price(k, cost, too_much, min(least, total), most)[1]
 
 
 def predicted_loss(k: dict[str, float], shares: dict[str, float]) -> float:
@@ -89,21 +89,78 @@ def predicted_loss(k: dict[str, float], shares: dict[str, float]) -> float:
     return sum(k[path] * (1 - share) ** POWER for path, share in shares.items())
 
 
-def allocate_for_loss(k: dict[str, float], cost: dict[str, float], loss: float) -> dict[str, float]:
+def allocate_for_loss(
+    k: dict[str, float], cost: dict[str, float], loss: float, *, least: float = LEAST, most: float = MOST
+) -> dict[str, float]:
     """The least total of multiply-adds whose predicted loss is at most `loss` (nats per token)."""
-    low, high = LEAST, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        enough = predicted_loss(k, allocate(k, cost, middle)) <= loss
-        low, high = (low, middle) if enough else (middle, high)
-    return allocate(k, cost, high)
+    cheap_enough = _by_price(k, cost, lambda shares: predicted_loss(k, shares) <= loss, least, most)
+    return cheap_enough[0]
+
+
+def _by_price(
+    k: dict[str, float],
+    cost: dict[str, float],
+    may_rise: Callable[[dict[str, float]], bool],
+    least: float,
+    most: float,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares just below and just above the price of a multiply-add up to which `may_rise` holds, by bisection.
+
+    All shares fall, and the loss rises, as the price does: from `most` for nothing to `least` at the highest.
+    """
+
+    def shares(price: float) -> dict[str, float]:
+        return {path: min(most, max(least, 1 - price * (cost[path] / k[path]) ** (1 / (POWER - 1)))) for path in k}
+
+    low, high = 0.0, max((k[path] / cost[path]) ** (1 / (POWER - 1)) for path in k)
+    if may_rise(shares(high)):
+        return shares(high), shares(high)
+    for _ in range(60):
+        price = (low + high) / 2
+        low, high = (price, high) if may_rise(shares(price)) else (low, price)
+    return shares(low), shares(high)
 
 
 def plan_shares(
-    k: dict[str, float], cost: dict[str, float], *, total: float, max_loss: float | None
+    k: dict[str, float],
+    cost: dict[str, float],
+    *,
+    total: float | None,
+    max_loss: float | None,
+    keep_dense: bool = False,
+    least: float = LEAST,
+    most: float = MOST,
 ) -> dict[str, float]:
-    """`allocate` at `total`, or for the ratio of perplexities `max_loss` where that is given."""
-    return allocate(k, cost, total) if max_loss is None else allocate_for_loss(k, cost, math.log(max_loss))
+    """`allocate` at `total`, or for the ratio of perplexities `max_loss`, which of the two is given.
+
+    Args:
+        keep_dense: layers that would be more active than KEEP_DENSE stay dense, share 1; the others make up for it,
+            so that the total, or the loss, is still the one asked for.
+    """
+    dense: dict[str, float] = {}
+    while len(dense) < len(k):
+        rest = {path: value for path, value in k.items() if path not in dense}
+        if max_loss is not None:
+            shares = allocate_for_loss(rest, cost, math.log(max_loss), least=least, most=most)
+        else:
+            assert total is not None
+            left = total * sum(cost[path] for path in k) - sum(cost[path] for path in dense)
+            share = max(left / sum(cost[path] for path in rest), min(least, total))
+            shares = allocate(rest, cost, share, least=least, most=most)
+        largest = max(shares, key=shares.__getitem__)
+        if not keep_dense or shares[largest] <= KEEP_DENSE:
+            return {path: (dense | shares)[path] for path in k}
+        dense[largest] = 1.0  # one at a time: what it takes more may bring the others below the limit
+    return dense
+
+
+def planned_fractions(options: Mapping[str, Any]) -> tuple[float, float]:
+    """Multiply-adds of experts and of router of `PEER(**options)`, as shares of the dense layer's."""
+    if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
+        options = {**options, "rerank": "up"}
+    with torch.device("meta"):
+        layer = PEER(**options)
+    return layer.active_fraction, layer.router_fraction
 
 
 def _first(batches: list[Batch]) -> list[Batch]:

@@ -37,28 +37,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     """
     tell = progress if progress is not None else lambda *_: None
     with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
-        tell(f"Loading {recipe.model}", 0, 1)
-        dense = load_dense(
-            recipe.model,
-            revision=recipe.revision,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        tell(f"Loading {recipe.model}", 1, 1)
-        if getattr(dense.model, "main_input_name", "input_ids") != "input_ids":
-            raise ConversionError(
-                f"{recipe.model} reads {dense.model.main_input_name}, not text: "
-                "calibrate it from Python, peerify.convert(model, config, [batches of its inputs])"
-            )
-        windows_bt = load_windows(
-            recipe.calibration.sources,
-            dense.tokenizer,
-            context=recipe.calibration.context,
-            max_tokens=recipe.calibration.tokens,
-            progress=progress,
-        )
-        check_windows(windows_bt, dense.model)
+        dense, windows_bt = load_for_conversion(recipe, progress)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)
         resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
@@ -74,6 +53,38 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         "peak_rss_mb": _peak_rss_mb(),
         "layer_errors": conversion.layer_errors,
     }
+
+
+def load_for_conversion(recipe: Recipe, progress: Progress | None) -> tuple[DenseModel, Tensor]:
+    """The dense model of `recipe`, and its calibration text as windows of token ids (windows, context).
+
+    Raises:
+        PeerifyError: whatever is wrong with the model or the text.
+    """
+    tell = progress if progress is not None else lambda *_: None
+    tell(f"Loading {recipe.model}", 0, 1)
+    dense = load_dense(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    tell(f"Loading {recipe.model}", 1, 1)
+    if getattr(dense.model, "main_input_name", "input_ids") != "input_ids":
+        raise ConversionError(
+            f"{recipe.model} reads {dense.model.main_input_name}, not text: "
+            "calibrate it from Python, peerify.convert(model, config, [batches of its inputs])"
+        )
+    windows_bt = load_windows(
+        recipe.calibration.sources,
+        dense.tokenizer,
+        context=recipe.calibration.context,
+        max_tokens=recipe.calibration.tokens,
+        progress=progress,
+    )
+    check_windows(windows_bt, dense.model)
+    return dense, windows_bt
 
 
 def save(

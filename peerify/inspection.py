@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peerify.allocation import planned_fractions
 from peerify.checkpoint import load_skeleton
 from peerify.errors import ConversionError, UsageError
 from peerify.feedforward import Site, survey
-from peerify.modeling_peer import PEER
 from peerify.plan import plan_layer
 from peerify.recipe import PeerConfig
 
@@ -82,7 +82,7 @@ def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
     peer = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))["peer"]
     rows = []
     for path, options in peer["layers"].items():
-        active, router = _shares(options)
+        active, router = planned_fractions(options)
         rows.append({**options, "path": path, "active": active, "router": router})
     return rows
 
@@ -128,7 +128,7 @@ def _row(site: Site, config: PeerConfig, itemsize: int) -> dict[str, Any]:
                 gated=gated,
                 activation=site.activation,
             )
-            shares[1:] = _shares(options)
+            shares[1:] = planned_fractions(options)
         except ConversionError as error:
             reason = str(error)
     touched = {name: round(share * weights) for name, share in zip(_COSTS, shares, strict=True)}
@@ -144,12 +144,3 @@ def _row(site: Site, config: PeerConfig, itemsize: int) -> dict[str, Any]:
         "bytes_per_token": {name: count * itemsize for name, count in touched.items()},
         "flops_per_token": {name: count * 2 for name, count in touched.items()},
     }
-
-
-def _shares(options: Mapping[str, Any]) -> tuple[float, float]:
-    """Multiply-adds of experts and of router, as shares of the dense layer's."""
-    if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
-        options = {**options, "rerank": "up"}
-    with torch.device("meta"):
-        layer = PEER(**options)
-    return layer.active_fraction, layer.router_fraction

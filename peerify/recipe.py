@@ -42,14 +42,16 @@ class PeerConfig(BaseModel):
     }
 
     layers: str = Field(default="all", min_length=1)
-    """Which feed-forward layers to convert: all, auto (those where it pays), middle, first-last, indices (0,4,9 or
-    12-18), path globs."""
+    """Which feed-forward layers to convert: all, auto (with active or max_loss as the target: leaves dense what would
+    have to stay nearly whole), middle, first-last, indices (0,4,9 or 12-18), path globs."""
 
     active: float | None = Field(default=0.5, gt=0, le=1)
-    """Share of the dense layer's compute spent on experts per token; not together with topk or candidates."""
+    """Share of the dense layers' compute spent on experts per token, over all layers; not together with topk or
+    max_loss."""
 
-    allocation: Literal["uniform", "sensitivity"] = "uniform"
-    """Active share of each layer: the same for all, or more where errors cost more, at the same total."""
+    allocation: Literal["uniform", "sensitivity"] = "sensitivity"
+    """Active share of each layer: uniform, the same for all, or by sensitivity, more where errors cost more, at the
+    same total; measuring that takes time, as much for little calibration text as for a lot."""
 
     max_loss: float | None = Field(default=None, gt=1)
     """Instead of active: ratio of perplexities that conversion may cost as predicted from each layer's sensitivity,
@@ -123,11 +125,16 @@ class PeerConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_active_yields(cls, data: Any) -> Any:
-        # `active` has a default, so only an `active` that was written down can contradict topk.
-        if isinstance(data, dict) and "active" not in data and data.get("topk") is not None:
-            return {**data, "active": None}
-        return data
+    def _defaults_yield(cls, data: Any) -> Any:
+        # active and allocation have defaults, so only what was written down can contradict topk or max_loss.
+        if not isinstance(data, dict):
+            return data
+        yields: dict[str, Any] = {}
+        if data.get("topk") is not None:
+            yields = {"active": None, "allocation": "uniform"}
+        elif data.get("max_loss") is not None:
+            yields = {"active": None}
+        return yields | data
 
     @model_validator(mode="after")
     def _check_together(self) -> PeerConfig:
@@ -139,15 +146,17 @@ class PeerConfig(BaseModel):
     def _compute_fault(self) -> str | None:
         if self.max_loss is not None and self.topk is not None:
             return "max_loss sets the compute of each layer: it does not go with topk/candidates"
-        if self.max_loss is not None and "active" in self.model_fields_set:
+        if self.max_loss is not None and self.active is not None:
             return "active and max_loss both set the compute: give one of them"
         if self.topk is not None and (self.layers == "auto" or self.allocation == "sensitivity"):
             return "layers auto and allocation sensitivity choose active shares: give active or max_loss, not topk"
+        if self.allocation == "uniform" and (self.layers == "auto" or self.max_loss is not None):
+            return "layers auto and max_loss give each layer a share of its own: drop allocation uniform"
         if self.candidates is not None and self.topk is None:
             return "candidates needs topk beside it: how many of the candidates to keep"
         if self.active is not None and self.topk is not None:
             return "active and topk/candidates both set the compute: give one of them"
-        if self.active is None and self.topk is None:
+        if self.active is None and self.topk is None and self.max_loss is None:
             return "give active (a share such as 0.5) or topk"
         if self.topk is None or self.candidates is None:
             return None
@@ -323,12 +332,12 @@ class Recipe(BaseModel):
         values = flatten(read_mapping(Path(path))) if path is not None else {}
         origins = dict.fromkeys(values, str(path))
         spoken = parse_overrides(overrides) | {key: value for key, (_, value) in (flags or {}).items()}
-        # A command line that says topk replaces a recipe that says active, and the other way round.
-        if {"convert.topk", "convert.candidates"} & spoken.keys() and "convert.active" not in spoken:
-            values.pop("convert.active", None)
-        if "convert.active" in spoken and not {"convert.topk", "convert.candidates"} & spoken.keys():
-            values.pop("convert.topk", None)
-            values.pop("convert.candidates", None)
+        # What the command line says of the compute replaces what a recipe says of it in other words.
+        ways = [{"convert.active"}, {"convert.topk", "convert.candidates"}, {"convert.max_loss"}]
+        if any(way & spoken.keys() for way in ways):
+            for way in ways:
+                if not way & spoken.keys():
+                    values = {key: value for key, value in values.items() if key not in way}
         values.update(spoken)
         for key in spoken:
             origins.pop(key, None)  # so that the dict's order is the order of speaking

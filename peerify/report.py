@@ -50,6 +50,8 @@ def print_inspection(result: Mapping[str, Any]) -> None:
     console.print(f"{result['model']}: {result['model_type']}, {_count(result['parameters'])} parameters\n")
     for path, reason in result.get("unseen", {}).items():
         console.print(f"Not looked into: {path + ': ' if path else ''}{reason}\n")
+    if not sites and "" in result.get("unseen", {}):
+        return  # nothing is known of it
     if not sites:
         console.print("No dense feed-forward layer was found; routed experts cannot be converted.")
         return
@@ -90,14 +92,11 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
     order = {path: i for i, path in enumerate(result["layers"])}  # as they run; config.json sorts them as text
     for layer in sorted(layers, key=lambda layer: order[layer["path"]]):
         error = result["layer_errors"].get(layer["path"])
-        topk = str(layer["topk"])
-        if layer.get("candidates") and layer["candidates"] != layer["topk"]:
-            topk = f"{topk} of {layer['candidates']}"
         table.add_row(
             layer["path"],
             f"{layer['num_experts']:,}",
             "×".join(map(str, layer["grid"])),
-            f"{layer['num_heads']} × {topk}",
+            _topk(layer),
             f"{layer['active']:.1%}",
             "–" if error is None else f"{error:.4f}",
         )
@@ -108,6 +107,26 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
         f"in {result['seconds']:.0f} s with at most {result['peak_rss_mb']:,.0f} MB of memory\n"
         f"model: {result['output']}\n"
         f"next: peerify eval {result['output']} --against DENSE --data TEXT.txt"
+    )
+
+
+def print_plan(result: Mapping[str, Any]) -> None:
+    """One row per layer that could be converted, then what all of it would come to."""
+    console = _console()
+    table = _table("layer", ">sensitivity", ">active", ">heads × top-k", ">router")
+    layers = result["layers"]
+    for layer in layers:
+        table.add_row(
+            layer["path"],
+            f"{layer['sensitivity']:.4f}",
+            *((f"{layer['active']:.1%}", _topk(layer), f"{layer['router']:.1%}") if layer["converted"] else ("dense",)),
+        )
+    console.print(table)
+    console.print(
+        f"{result['converted']} of {len(layers)} layers would be converted, with {result['active_fraction']:.1%} of "
+        f"the compute of all {len(layers)} active (and {result['router_fraction']:.1%} for the router)\n"
+        f"predicted perplexity: {result['predicted_ratio']:.3f}× the dense model's, to first order\n"
+        f"next: peerify convert {result['model']} OUT, with the same options but --plan"
     )
 
 
@@ -338,6 +357,12 @@ def _table(*headers: str) -> Table:
             overflow="fold",
         )
     return table
+
+
+def _topk(layer: Mapping[str, Any]) -> str:
+    """Heads and what each retrieves: "32 × 18 of 36" where 36 candidates are re-ranked."""
+    topk = f"{layer['num_heads']} × {layer['topk']}"
+    return topk if layer.get("candidates") in (None, layer["topk"]) else f"{topk} of {layer['candidates']}"
 
 
 def _alike(site: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, inputs_for, logits
 
-from peerify.allocation import LEAST, allocate, allocate_for_loss, predicted_loss, sensitivities
-from peerify.conversion import convert
+from peerify import conversion as conversion_module
+from peerify.allocation import (
+    KEEP_DENSE,
+    LEAST,
+    allocate,
+    allocate_for_loss,
+    plan_shares,
+    predicted_loss,
+    sensitivities,
+)
+from peerify.conversion import convert, plan_conversion
 from peerify.dense import read_feedforward
 from peerify.errors import ConversionError
 from peerify.feedforward import find_feedforwards
@@ -55,6 +66,36 @@ def test_a_stated_loss_is_kept_at_the_least_compute(layers: list[tuple[float, fl
         assert predicted_loss(k, allocate(k, cost, spent - 0.01)) > loss
 
 
+@settings(max_examples=60, deadline=None)
+@given(LAYERS, st.floats(0.01, 0.9), st.floats(0.01, 0.4), st.floats(0.5, 1))
+def test_limits_are_kept_and_give_way_to_the_total(
+    layers: list[tuple[float, float]], total: float, least: float, most: float
+) -> None:
+    """No layer below `least` unless all of them must be, none above `most`, never more spent than asked for."""
+    k, cost = named(layers)
+    shares = allocate(k, cost, total, least=least, most=most)
+    assert all(min(least, total) - 1e-9 <= share <= most for share in shares.values())
+    spent = sum(shares[path] * cost[path] for path in k) / sum(cost.values())
+    assert spent == pytest.approx(min(total, most), rel=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYERS, st.floats(0.15, 0.9))
+def test_layers_that_stay_dense_are_paid_for_by_the_others(layers: list[tuple[float, float]], total: float) -> None:
+    k, cost = named(layers)
+    shares = plan_shares(k, cost, total=total, max_loss=None, keep_dense=True)
+    assert list(shares) == list(k)
+    assert all(share == 1 or LEAST - 1e-9 <= share <= KEEP_DENSE for share in shares.values())
+    converted = [share for share in shares.values() if share != 1]
+    spent = sum(shares[path] * cost[path] for path in k) / sum(cost.values())
+    if converted and min(converted) > LEAST * 1.001:
+        assert spent == pytest.approx(total, rel=1e-3)
+    ratio = 1.2
+    shares = plan_shares(k, cost, total=None, max_loss=ratio, keep_dense=True)
+    assert predicted_loss(k, shares) <= math.log(ratio) * (1 + 1e-6)
+    assert all(share == 1 or share <= KEEP_DENSE for share in shares.values())
+
+
 def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> None:
     """A layer whose output is scaled down matters less; the model is left as it was."""
     model = FAMILIES["llama"](seed)
@@ -83,7 +124,7 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
 def test_allocated_conversion_spends_what_was_asked(family: str, seed: int) -> None:
     model = FAMILIES[family](seed)
     inputs = inputs_for(model, seed)
-    conversion = convert(model, PeerConfig(active=0.5, allocation="sensitivity"), [inputs])
+    conversion = convert(model, PeerConfig(active=0.5), [inputs])
     assert conversion.active_fraction == pytest.approx(0.5, abs=0.06)  # whole experts of a few dozen
     assert logits(model, inputs).isfinite().all()
     counts = [layer["topk"] * layer["num_heads"] for layer in conversion.layers.values()]
@@ -108,3 +149,63 @@ def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:
     for key, value in (("layers", "auto"), ("allocation", "sensitivity")):
         with pytest.raises(ValueError, match="not topk"):
             PeerConfig(topk=3, **{key: value})
+
+
+@pytest.mark.parametrize("options", [{"active": 0.4}, {"max_loss": 1.5}, {"layers": "auto", "max_loss": 1.001}])
+def test_convert_does_what_the_plan_says(options: dict[str, object], seed: int) -> None:
+    model = FAMILIES["llama"](seed)
+    inputs = inputs_for(model, seed)
+    before = logits(model, inputs)
+    config = PeerConfig(**options)  # type: ignore[arg-type]
+    plan = plan_conversion(model, config, [inputs])
+    assert torch.equal(logits(model, inputs), before)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert [site.path for site in plan.sites] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert plan.sensitivity.keys() == plan.fractions.keys() == {site.path for site in plan.sites}
+    assert plan.predicted_ratio is not None
+    assert 1 < plan.predicted_ratio < (config.max_loss or 10) * 1.3  # whole experts: shares are rounded down
+    assert all(plan.fractions[site.path] == (1, 0) for site in plan.sites if site.path not in plan.layers)
+    done = convert(model, config, [inputs])
+    assert list(done.layers) == list(plan.layers)
+    mean = sum(plan.fractions[path][0] for path in plan.layers) / len(plan.layers)
+    assert done.active_fraction == pytest.approx(mean, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"topk": 9},
+        {"active": 1.0},
+        {"layers": "1"},
+        {"allocation": "uniform"},
+        {"num_experts": 28, "active": 0.5},  # half of the 56 neurons: all that is left is retrieved
+    ],
+)
+def test_nothing_is_measured_where_it_would_change_nothing(
+    options: dict[str, object], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"](seed)
+    inputs = inputs_for(model, seed)
+    measured: list[str] = []
+
+    def note(*arguments: object) -> dict[str, float]:
+        measured.append("yes")
+        return sensitivities(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversion_module, "sensitivities", note)
+    config = PeerConfig(**options)  # type: ignore[arg-type]
+    plan = plan_conversion(model, config, [inputs], measure=False)
+    assert (measured, plan.sensitivity, plan.predicted_ratio) == ([], {}, None)
+    assert all(own == config for own in plan.configs.values())
+    assert plan_conversion(model, config, [inputs]).predicted_ratio >= 1  # type: ignore[operator]
+    assert measured == ["yes"]
+
+
+def test_always_on_experts_leave_every_layer_room(seed: int) -> None:
+    """A layer that hardly matters still gets its shared experts and one more."""
+    model = FAMILIES["llama"](seed)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+    conversion = convert(model, PeerConfig(active=0.5, num_shared=14), [inputs_for(model, seed)])
+    assert {layer["num_shared"] for layer in conversion.layers.values()} == {14}
+    assert conversion.active_fraction <= 0.5

@@ -19,7 +19,7 @@ from checkpoints import text_file, tiny_checkpoint, tiny_model
 from click.testing import CliRunner, Result
 
 from peerify import cli, errors
-from peerify.cli.convert import PROMOTED
+from peerify.cli.base import PROMOTED
 from peerify.recipe import valid_keys
 
 COMMANDS = cli.cli.commands
@@ -147,6 +147,32 @@ def test_inspect_reads_no_weights(here: Path) -> None:
     assert "2 of 2 layers can be converted" in result.stdout
 
 
+def test_inspect_shows_the_plan_that_convert_follows(here: Path) -> None:
+    before = sorted(here.iterdir())
+    asked = ["--calibration", "text.txt", "--context", "32", "--calibration-tokens", "512", "--active", "0.5"]
+    result = run("inspect", "llama", "--plan", "--json", *asked)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert sorted(here.iterdir()) == before
+    rows = plan["layers"]
+    assert [row["path"] for row in rows] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert len({row["active"] for row in rows}) > 1
+    assert sorted(rows, key=lambda row: row["sensitivity"]) == sorted(rows, key=lambda row: row["active"])
+    assert plan["active_fraction"] == pytest.approx(sum(row["active"] for row in rows) / 3)
+    assert 0.4 < plan["active_fraction"] <= 0.5
+    assert plan["predicted_ratio"] > 1
+    done = json.loads(run("convert", "llama", "out", "--json", *asked).stdout)
+    assert done["active_fraction"] == pytest.approx(plan["active_fraction"], abs=0.03)
+    (here / "r.yaml").write_text(
+        "model: llama\noutput: never\nconvert: {layers: auto, active: 0.5}\n"
+        "calibration: {data: text.txt, context: 32, tokens: 512}\n"
+    )
+    result = run("inspect", "--plan", "--recipe", "r.yaml", "--max-loss", "1.0002")
+    assert result.exit_code == 0, result.stderr
+    assert "predicted perplexity: 1.000× the dense model's" in result.stdout
+    assert re.search(r"\d of 3 layers would be converted", result.stdout)
+
+
 def test_eval_as_json_of_a_dense_model_against_itself(here: Path) -> None:
     argv = ["eval", "llama", "--data", "text.txt", "--context", "32", "--max-tokens", "200", "--json"]
     alone = json.loads(run(*argv).stdout)
@@ -205,7 +231,7 @@ def test_convert_then_eval(here: Path) -> None:
     assert [row["path"] for row in found["layers"]] == list(done["layer_errors"])
     for row in found["layers"]:
         assert row["num_experts"] == 24
-        assert 0 < row["active"] <= 0.5
+        assert 0 < row["active"] <= 1
         assert 0 < row["usage"] <= 1
     again = run(*CONVERT, *argv)
     assert (again.exit_code, again.stdout) == (1, "")
@@ -219,6 +245,7 @@ def test_convert_then_eval(here: Path) -> None:
 # Mistakes
 
 CONVERT = ["convert", "llama", "out", "--calibration", "text.txt", "--context", "32"]
+PLAN = ["inspect", "llama", "--plan"]
 EVAL = ["eval", "llama", "--context", "32", "--data"]
 
 
@@ -233,6 +260,16 @@ EVAL = ["eval", "llama", "--context", "32", "--data"]
         (["inspect", "."], 1, r"config\.json"),
         (["inspect", "llama", "--active", "1.5"], 2, r"--active 1\.5 is not a share"),
         (["inspect", "llama", "--active", "lots"], 2, "'lots' is not a valid float"),
+        (["inspect", "llama", "--layers", "auto"], 2, "--layers is for a plan: add --plan"),
+        (["inspect", "llama", "--set", "convert.gates=sigmoid"], 2, "--set is for a plan: add --plan"),
+        (["inspect", "--plan"], 2, "Missing argument 'MODEL'"),
+        ([*PLAN], 2, "needs calibration text: pass --calibration"),
+        ([*PLAN, "--active", "0.5", "--max-loss", "1.1"], 2, "active and max_loss both set the compute"),
+        (
+            [*PLAN, "--calibration", "text.txt", "--context", "32", "--layers", "auto", "--active", "0.99"],
+            1,
+            r"no layer can be converted within active 0\.99",
+        ),
         ([*EVAL], 2, "--data' requires an argument"),
         (["eval", "llama"], 2, "Missing option '--data'"),
         ([*EVAL, "missing.txt"], 1, r"no such text file: missing\.txt"),

@@ -78,9 +78,33 @@ def test_active_yields_to_topk_only_as_a_default() -> None:
         PeerConfig(active=0.5, topk=2)
 
 
+def test_allocation_and_active_yield_to_topk_and_max_loss_only_as_defaults() -> None:
+    assert PeerConfig().allocation == "sensitivity"
+    assert PeerConfig(topk=2).allocation == "uniform"
+    assert PeerConfig(max_loss=1.2).active is None
+    for config in (PeerConfig(topk=2), PeerConfig(max_loss=1.2), PeerConfig(layers="auto")):
+        assert PeerConfig(**config.model_dump()) == config, "what was written can be read"
+
+
+def test_the_compute_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: a\noutput: b\nconvert: {active: 0.25}\n")
+    config = Recipe.load(path, ["convert.max_loss=1.1"]).convert
+    assert (config.active, config.max_loss) == (None, 1.1)
+    path = write(tmp_path / "r.yaml", "model: a\noutput: b\nconvert: {max_loss: 1.3}\n")
+    assert Recipe.load(path, ["convert.active=0.75"]).convert.max_loss is None
+    assert Recipe.load(path, ["convert.topk=4"]).convert.max_loss is None
+    with pytest.raises(UsageError, match="active and max_loss both set the compute"):
+        Recipe.load(path, ["convert.active=0.75", "convert.max_loss=1.1"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"topk": 4, "allocation": "sensitivity"}, "active shares: give active or max_loss, not topk"),
+        ({"topk": 4, "layers": "auto"}, "active shares: give active or max_loss, not topk"),
+        ({"topk": 4, "max_loss": 1.1}, "does not go with topk"),
+        ({"layers": "auto", "allocation": "uniform"}, "drop allocation uniform"),
+        ({"max_loss": 1.1, "allocation": "uniform"}, "drop allocation uniform"),
         ({"active": 0}, "greater than 0"),
         ({"active": 1.01}, "less than or equal to 1"),
         ({"active": float("nan")}, "finite"),

@@ -53,6 +53,19 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": [True, None, "é"]}}
 
 
+def test_the_plan_shows_what_stays_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = {"sensitivity": 0.0123, "active": 0.25, "router": 0.06, "num_heads": 1, "topk": 18, "candidates": 36}
+    dense = dict.fromkeys(("num_heads", "topk", "candidates")) | {"sensitivity": 4.5, "active": 1.0, "router": 0.0}
+    layers = [layer | {"path": "a.0.mlp", "converted": True}, dense | {"path": "a.1.mlp", "converted": False}]
+    result = {"model": "m", "layers": layers, "converted": 1, "active_fraction": 0.625, "router_fraction": 0.03}
+    report.print_plan(result | {"predicted_ratio": 1.0987, "seconds": 3.0})
+    out = capsys.readouterr().out
+    assert re.search(r"a\.0\.mlp +0\.0123 +25\.0% +1 × 18 of 36 +6\.0%", out)
+    assert re.search(r"a\.1\.mlp +4\.5000 +dense *$", out, re.MULTILINE)
+    assert "1 of 2 layers would be converted, with 62.5% of the compute of all 2 active" in out
+    assert "predicted perplexity: 1.099×" in out
+
+
 def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
     layer = {
         "path": "a.mlp",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peerify import router
 from peerify.clustering import arrange, two_way
 from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
@@ -75,6 +76,19 @@ def test_distance_of_points_is_difference_of_scores() -> None:
     measured = (score_tf[:, 3] - score_tf[:, 8]).pow(2).mean()
     z_fz = points(fit)
     torch.testing.assert_close((z_fz[3] - z_fz[8]).pow(2).sum(), measured, rtol=1e-2, atol=1e-6)
+
+
+def test_many_coordinates_are_projected_and_distances_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, _ = random_fit(d_ff=80, d_model=300, tokens=900)
+    exact = torch.pdist(points(fit))
+    monkeypatch.setattr(router, "DIMENSIONS", 200)
+    z_fz = points(fit, seed=1)
+    assert z_fz.shape == (80, 201)
+    ratio = torch.pdist(z_fz) / exact
+    assert ratio.mean() == pytest.approx(1, abs=0.05)
+    assert ratio.std() < 0.1
+    assert torch.equal(points(fit, seed=1), z_fz)
+    assert not torch.equal(points(fit, seed=2), z_fz)
 
 
 def test_linear_importances_are_retrieved() -> None:

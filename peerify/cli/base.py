@@ -12,11 +12,34 @@ from typing import Any, TypeVar
 import click
 
 from peerify import __version__
-from peerify.errors import PeerifyError
+from peerify.errors import PeerifyError, UsageError
 from peerify.hub_calls import redact
-from peerify.recipe import describe
+from peerify.recipe import CalibrationConfig, PeerConfig, Recipe, describe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+# The keys of a recipe that are also flags; their texts and defaults live in the schema.
+PROMOTED = {
+    "--layers": "convert.layers",
+    "--active": "convert.active",
+    "--max-loss": "convert.max_loss",
+    "--allocation": "convert.allocation",
+    "--num-heads": "convert.num_heads",
+    "--topk": "convert.topk",
+    "--candidates": "convert.candidates",
+    "--num-experts": "convert.num_experts",
+    "--preset": "convert.preset",
+    "--calibration": "calibration.data",
+    "--calibration-tokens": "calibration.tokens",
+    "--context": "calibration.context",
+    "--seed": "convert.seed",
+    "--device": "device",
+    "--dtype": "dtype",
+    "--revision": "revision",
+    "--max-shard-size": "max_shard_size",
+    "--overwrite": "overwrite",
+    "--trust-remote-code": "trust_remote_code",
+}
 
 
 class Boundary(click.Group):
@@ -62,6 +85,43 @@ def common(command: Command) -> Command:
         help="Show tracebacks and library messages.",
     )(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(command)
+
+
+def overridable(command: Command) -> Command:
+    """The option that sets any key of a recipe."""
+    text = "Set any key of the recipe, such as convert.gates=sigmoid or train.tokens=2000000; repeatable."
+    return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)(command)
+
+
+def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
+    """A flag that is a key of the recipe, described there."""
+    key = PROMOTED[flag]
+    section, _, name = key.rpartition(".")
+    model: Any = {"convert": PeerConfig, "calibration": CalibrationConfig, "": Recipe}[section]
+    default = model.model_fields[name].default
+    # The click default stays None, "not said", so that a recipe's own value is not overruled.
+    is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
+    text = f"{describe(key)}  [default: {default}]" if is_plain else describe(key)
+    return click.option(flag, key.replace(".", "__"), default=None, help=text, **settings)
+
+
+def said(flags: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """What was said of the promoted flags, as `Recipe.load` takes it."""
+    given: dict[str, tuple[str, Any]] = {}
+    for flag, key in PROMOTED.items():
+        value = flags.get(key.replace(".", "__"))
+        if value is not None and value is not False and value != ():  # 0 was said, too
+            given[key] = (flag, list(value) if isinstance(value, tuple) else value)
+    return given
+
+
+def require_calibration(recipe: Recipe) -> None:
+    """Raise UsageError where `recipe` names no calibration text."""
+    if not recipe.calibration.sources:
+        raise UsageError(
+            "conversion needs calibration text: pass --calibration with a .txt file or a Hub dataset such as "
+            "wikitext:wikitext-2-raw-v1"
+        )
 
 
 def loading(command: Command) -> Command:

@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from peerify.cli.base import Command, cli, common, library
-from peerify.errors import UsageError
-from peerify.recipe import CalibrationConfig, PeerConfig, Recipe, describe
-
-# The keys of a recipe that are also flags of `convert`; their texts and defaults live in the schema.
-PROMOTED = {
-    "--layers": "convert.layers",
-    "--active": "convert.active",
-    "--max-loss": "convert.max_loss",
-    "--allocation": "convert.allocation",
-    "--num-heads": "convert.num_heads",
-    "--topk": "convert.topk",
-    "--candidates": "convert.candidates",
-    "--num-experts": "convert.num_experts",
-    "--preset": "convert.preset",
-    "--calibration": "calibration.data",
-    "--calibration-tokens": "calibration.tokens",
-    "--context": "calibration.context",
-    "--seed": "convert.seed",
-    "--device": "device",
-    "--dtype": "dtype",
-    "--revision": "revision",
-    "--max-shard-size": "max_shard_size",
-    "--overwrite": "overwrite",
-    "--trust-remote-code": "trust_remote_code",
-}
-
-
-def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
-    """A flag of `convert` that is a key of the recipe, described there."""
-    key = PROMOTED[flag]
-    section, _, name = key.rpartition(".")
-    model: Any = {"convert": PeerConfig, "calibration": CalibrationConfig, "": Recipe}[section]
-    default = model.model_fields[name].default
-    # The click default stays None, "not said", so that a recipe's own value is not overruled.
-    is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
-    text = f"{describe(key)}  [default: {default}]" if is_plain else describe(key)
-    return click.option(flag, key.replace(".", "__"), default=None, help=text, **settings)
+from peerify.cli.base import cli, common, library, overridable, promoted, require_calibration, said
+from peerify.recipe import Recipe
 
 
 @cli.command()
 @click.argument("model", required=False)
 @click.argument("out", required=False)
 @click.option("--recipe", "recipe_file", metavar="FILE", help="YAML recipe; what the command line says wins over it.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any key of the recipe, such as convert.gates=sigmoid; repeatable.",
-)
+@overridable
 @promoted("--layers", metavar="WHICH")
 @promoted("--active", type=float, metavar="SHARE")
 @promoted("--max-loss", type=float, metavar="RATIO")
@@ -91,7 +48,9 @@ def convert(
     """Convert the dense model MODEL into a PEER model in the folder OUT.
 
     The neurons become the experts; the text given with --calibration decides how they are arranged and
-    retrieved. OUT appears when everything is done: an interrupted run leaves it as it was.
+    retrieved. --layers auto with --active or --max-loss turns a stated price into a plan of layers and shares, which
+    `peerify inspect --plan` shows beforehand. OUT appears when everything is done: an interrupted run leaves it as
+    it was.
 
     \b
     Examples:
@@ -106,17 +65,9 @@ def convert(
         given["model"] = ("MODEL", model)
     if out is not None:
         given["output"] = ("OUT", out)
-    for flag, key in PROMOTED.items():
-        value = flags[key.replace(".", "__")]
-        if value is not None and value is not False and value != ():  # 0 was said, too
-            given[key] = (flag, list(value) if isinstance(value, tuple) else value)
-    recipe = Recipe.load(recipe_file, overrides, given)
+    recipe = Recipe.load(recipe_file, overrides, given | said(flags))
     ctx.meta["peerify.output"] = recipe.output
-    if not recipe.calibration.sources:
-        raise UsageError(
-            "conversion needs calibration text: pass --calibration with a .txt file or a Hub dataset such as "
-            "wikitext:wikitext-2-raw-v1"
-        )
+    require_calibration(recipe)
     with library(as_json) as progress:
         from peerify.folder import convert_checkpoint
 

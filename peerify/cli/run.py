@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import click
 
-from peerify.cli.base import cli, common, library
+from peerify.cli.base import cli, common, library, overridable
 from peerify.recipe import Recipe
 
 
 @cli.command()
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any key of the recipe, such as convert.active=0.25 or train.tokens=2000000; repeatable.",
-)
+@overridable
 @click.option("--overwrite", is_flag=True, help="Begin anew and replace earlier results of this recipe.")
 @common
 def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:

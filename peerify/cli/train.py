@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import click
 
-from peerify.cli.base import cli, common, library
+from peerify.cli.base import cli, common, library, overridable
 from peerify.recipe import Recipe
 
 
 @cli.command()
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any key of the recipe, such as train.tokens=2000000 or train.stages.0.optimizer.lr=1e-4; repeatable.",
-)
+@overridable
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this recipe's run.")
 @click.option("--overwrite", is_flag=True, help="Start anew where an earlier run or result lies, and replace it.")
 @click.option("--dry-run", is_flag=True, help="Print what would train, and what that takes; train nothing.")

@@ -45,7 +45,8 @@ def main() -> None:
     say("What can be converted? Only the header is read.")
     peerify("inspect", model)
     say(f"Convert, training-free: every neuron an expert, {options.active} of the compute per token.")
-    flags = ["--active", options.active, "--calibration", str(calibration), "--overwrite"]
+    # The same share in every layer: measuring which ones need more would take minutes, and change nothing to see here.
+    flags = ["--active", options.active, "--allocation", "uniform", "--calibration", str(calibration), "--overwrite"]
     peerify("convert", model, str(out), *flags)
     say("Perplexity on text it has not seen, against the dense model, and how the experts are used.")
     peerify("eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS))
@@ -62,8 +63,9 @@ Load it like any other model, also where peerify is not installed:
     model = AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("{out}")
 
-Try next:
+Try next (without --allocation uniform, layers where errors cost more retrieve more; --plan shows what each gets):
 
+    .venv/bin/peerify inspect {model} --plan --max-loss 1.1 --calibration .demo/calibration.txt
     .venv/bin/peerify convert {model} .demo/peer-75 --active 0.75 --calibration .demo/calibration.txt
     .venv/bin/peerify eval .demo/peer-75 --against {model} --data {test} --max-tokens 8192
     make demo MODEL=user/name TEXT=your.txt"""
