@@ -193,7 +193,7 @@ def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
     convert, calibration = record["recipe"]["convert"], record["calibration"]
     router = "the router was fitted in closed form"
     if chosen and convert["refine_steps"] != 0:
-        router += " and refined by gradient, a layer at a time"
+        router += " and refined by gradient together with the experts, a layer at a time"
     if chosen and convert["refit"]:
         router += ", the experts' output vectors refitted to what it retrieves"
     seen = f"{calibration['tokens']:,} tokens" if "tokens" in calibration else f"{calibration['inputs']:,} inputs"

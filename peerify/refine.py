@@ -30,7 +30,7 @@ EXPERT_RATE = 0.02  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
 TEMPERATURE = 0.3  # in units of the spread of the scores
 SLOPE = 0.3  # of the score in the re-ranking, to start from
-NEWTON_STEPS = 8
+NEWTON_STEPS, ENOUGH = 8, 1e-4  # at most; a step below ENOUGH temperatures is the last
 
 
 def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, seed: int) -> None:
@@ -202,8 +202,10 @@ class SoftTopK(torch.autograd.Function):
         for _ in range(NEWTON_STEPS):
             m_tn = torch.sigmoid((score_tn - tau_t1) / temperature)
             slope_t1 = (m_tn * (1 - m_tn)).sum(1, keepdim=True) / temperature
-            step_t1 = (m_tn.sum(1, keepdim=True) - k) / slope_t1.clamp_min(1e-6)
-            tau_t1 = tau_t1 + step_t1.clamp(-temperature, temperature)
+            step_t1 = ((m_tn.sum(1, keepdim=True) - k) / slope_t1.clamp_min(1e-6)).clamp(-temperature, temperature)
+            tau_t1 = tau_t1 + step_t1
+            if float(step_t1.abs().max()) < ENOUGH * temperature:
+                break
         m_tn = torch.sigmoid((score_tn - tau_t1) / temperature)
         ctx.save_for_backward(m_tn)
         ctx.temperature = temperature

@@ -107,7 +107,7 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
     sites = find_feedforwards(model)
 
     def build(data):  # type: ignore[no-untyped-def]
-        from peerify.conversion import convert_layer
+        from peerify.layer import convert_layer
 
         ff = read_feedforward(model, data.site)
         layer, _, _ = convert_layer(ff, data, config)

@@ -16,7 +16,6 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from peerify.conversion import exact_layer
 from peerify.dense import FeedForward, read_feedforward, replace
 from peerify.errors import ConversionError
 from peerify.feedforward import (
@@ -25,6 +24,7 @@ from peerify.feedforward import (
     select_sites,
 )
 from peerify.formula import Projection
+from peerify.layer import exact_layer
 
 # family: number of layers, kind, activation, d_ff, whether the layer is a module of its own
 EXPECTED = {

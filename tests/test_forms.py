@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 import peerify
-from peerify.conversion import exact_layer
 from peerify.dense import read_feedforward, replace
 from peerify.errors import ConversionError
 from peerify.feedforward import Site, calibrated_feedforwards, find_feedforwards, select_sites, survey
 from peerify.inspection import inspect_model
+from peerify.layer import exact_layer
 
 D, D_FF = 8, 12
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 import peerify
 from peerify import loadback, publishing, stranger
 from peerify.checkpoint import load_dense
-from peerify.conversion import Conversion, exact_layer
+from peerify.conversion import Conversion
 from peerify.dense import read_feedforward, replace
 from peerify.errors import OutputError
 from peerify.examples import candidates
 from peerify.feedforward import find_feedforwards
+from peerify.layer import exact_layer
 from peerify.modeling_peer import FORMAT, adopt
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
