@@ -116,7 +116,8 @@ class _Router:
 
     def __init__(self, layer: PEER, x_td: Tensor) -> None:
         keys = copy.deepcopy(layer.keys)
-        self.keys, self.scale_d = keys, x_td.std(0).clamp_min(1e-6 * float(x_td.std()) + 1e-30)
+        self.keys = keys
+        self.scale_d = x_td.std(0, correction=0).clamp_min(1e-6 * float(x_td.std(correction=0)) + 1e-30)
         # Without biases nothing could take over what centring moves.
         self.mean_d = torch.zeros_like(x_td[0]) if keys.sub_key_bias is None else x_td.mean(0)
         with torch.no_grad():

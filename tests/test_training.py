@@ -495,7 +495,8 @@ def test_the_plan_counts_what_trains(here: Path) -> None:
     size = sum(path.stat().st_size for path in Path("peer-healed-run").rglob("*") if path.is_file())
     assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.6)
     before = plan_training(recipe("output=not-there-yet"))
-    assert before["parameters"] == plan["parameters"], "the same without the converted model"
+    # Without the converted model about the same: the text decides each layer's share, and with it the router's rank.
+    assert before["parameters"] == pytest.approx(plan["parameters"], rel=0.02)
     lora = plan_training(recipe(stages=[{"train": "peer+lora"}]))["stages"][0]
     from peerify.training import groups
     from peerify.training.config import StageConfig

@@ -61,7 +61,10 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
 
 
 def _converted_skeleton(recipe: Recipe) -> tuple[Any, int]:
-    """The model that will train, on the meta device, and the number of the dense teacher's parameters."""
+    """The model that will train, on the meta device, and the number of the dense teacher's parameters.
+
+    Before it is converted, as if all layers got the same share: their sizes differ little by it.
+    """
     dense: Any = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     dense_parameters = _count(dense)
     if (Path(recipe.output).expanduser() / "config.json").exists():
