@@ -46,7 +46,8 @@ def main() -> None:
     peerify("inspect", model)
     say(f"Convert, training-free: every neuron an expert, {options.active} of the compute per token.")
     # The same share in every layer: measuring which ones need more would take minutes, and change nothing to see here.
-    flags = ["--active", options.active, "--allocation", "uniform", "--calibration", str(calibration), "--overwrite"]
+    flags = ["--active", options.active, "--allocation", "uniform", "--overwrite"]
+    flags += ["--calibration", str(calibration), "--calibration-tokens", "8192"]  # half the default: half the time
     peerify("convert", model, str(out), *flags)
     say("Perplexity on text it has not seen, against the dense model, and how the experts are used.")
     peerify("eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS))
@@ -63,7 +64,7 @@ Load it like any other model, also where peerify is not installed:
     model = AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("{out}")
 
-Try next (without --allocation uniform, layers where errors cost more retrieve more; --plan shows what each gets):
+Try next (more text, and more retrieved in layers where errors cost more; --plan shows what each gets):
 
     .venv/bin/peerify inspect {model} --plan --max-loss 1.1 --calibration .demo/calibration.txt
     .venv/bin/peerify convert {model} .demo/peer-75 --active 0.75 --calibration .demo/calibration.txt
