@@ -11,7 +11,7 @@ TEXT ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    install, convert SmolLM2-135M, compare it with the dense model (8 to 15 minutes on 2 cores)"
+	@echo "make demo    install, convert SmolLM2-135M, compare it with the dense model (about 5 minutes on 2 cores)"
 	@echo "             MODEL=user/name|folder|file.gguf and TEXT=file.txt take your own"
 	@echo "make test    install, then linters, type checker and tests"
 	@echo "make slow    the tests that take longer as well"
