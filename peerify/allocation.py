@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerify.calibration import Batch, SiteData, walk
+from peerify.calibration import Batch, SiteData, on_device, walk
 from peerify.dense import replaced
 from peerify.feedforward import Site
 from peerify.modeling_peer import PEER
@@ -178,9 +178,7 @@ def _first(batches: list[Batch]) -> list[Batch]:
 def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     """Log-probabilities where the model predicts, else its first output; and which of the two."""
     device = next(model.parameters()).device
-    output: Any = model(
-        **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    )
+    output: Any = model(**on_device(batch, device))
     logits = getattr(output, "logits", None)
     return (output[0].float(), False) if logits is None else (logits.float().log_softmax(-1), True)
 

@@ -50,6 +50,11 @@ def token_batches(windows_bt: Tensor, model: nn.Module) -> list[Batch]:
     ]
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same inputs with their tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 @torch.no_grad()  # as a decorator: a `with` would leave gradients off in the caller between two yields
 def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[SiteData]:
     """The data of each site in the order in which the model runs them; replace the site before asking for the next.
@@ -58,10 +63,7 @@ def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[
         ConversionError: a layer's input is not finite.
     """
     device = next(model.parameters()).device
-    batches = [
-        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        for batch in batches
-    ]
+    batches = [on_device(batch, device) for batch in batches]
     paths = {site.path for site in sites}
     with _evaluating(model):
         body = _body(model, sites)

@@ -146,8 +146,7 @@ class _Router:
 
     def scores(self, x_td: Tensor) -> Tensor:
         """(t, n), those of the layer but for a factor."""
-        row_tha, column_thb = self.keys.sub_scores((x_td - self.mean_d) / self.scale_d)
-        return (row_tha[..., None] + column_thb[..., None, :]).flatten(1)[:, : self.keys.num_keys]
+        return cell_scores(self.keys, *self.keys.sub_scores((x_td - self.mean_d) / self.scale_d))[:, 0]
 
     def _at_mean(self, keys: ProductKeys) -> Tensor:
         """Sub-scores of the mean input, (h, m): what the bias takes over when the input is centred."""
@@ -182,6 +181,14 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":  # torch has no public word for it
         return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cell_scores(keys: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
+    """Scores of the experts that each head searches: (t, h, n) where heads share the pool, else (t, 1, n)."""
+    score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
+    if not keys.share_pool:
+        score_thc = score_thc.flatten(1)[:, None]
+    return score_thc[..., : keys.num_keys]
 
 
 def threshold(x: Tensor, k: int) -> Tensor:

@@ -18,21 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.refine import lowered, threshold
+from peerify.refine import cell_scores, lowered, threshold
 
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
     """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
     return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
-
-
-def cell_scores(layer: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
-    """Scores of the experts that each head searches: (t, h, n) where heads share the pool, else (t, 1, n)."""
-    keys = layer.keys
-    score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
-    if not keys.share_pool:
-        score_thc = score_thc.flatten(1)[:, None]
-    return score_thc[..., : keys.num_keys]
 
 
 def levels(layer: Any, score_thn: Tensor) -> Tensor:
@@ -116,7 +107,7 @@ class Router:
         gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
         with torch.set_grad_enabled(temperature is not None or self.recording):
             scores = layer.keys.sub_scores(x_td)
-            score_thn = cell_scores(layer, *scores)
+            score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
             level = levels(layer, score_thn)
             found_tn = (score_thn >= level).any(1) if score_thn.shape[1] > 1 else score_thn[:, 0] >= level[:, 0]
