@@ -53,15 +53,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with those files."""
-    for path in files.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def recipe(*overrides: str, stages: list[dict[str, Any]] | None = None, **train: Any) -> Recipe:
     """Ten steps of 4 x 32 tokens, a line of the log for each."""
     settings = {
