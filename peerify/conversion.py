@@ -38,6 +38,8 @@ class Conversion:
     """Multiply-adds of the experts per token over those of the dense layers they replace."""
     router_fraction: float
     """The router's own multiply-adds, over the same."""
+    predicted_ratio: float | None
+    """As of `ConversionPlan`."""
     seconds: float
 
 
@@ -184,6 +186,7 @@ def convert(
         layer_errors=errors,
         active_fraction=_mean([layer.active_fraction for layer in layers], weights),
         router_fraction=_mean([layer.router_fraction for layer in layers], weights),
+        predicted_ratio=plan.predicted_ratio,
         seconds=time.perf_counter() - start,
     )
 

@@ -30,7 +30,8 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     """Load the dense model, convert it and write the result to `recipe.output`, whole or not at all.
 
     Returns:
-        ``{"output", "layers", "active_fraction", "router_fraction", "seconds", "peak_rss_mb", "layer_errors"}``.
+        ``{"output", "layers", "active_fraction", "router_fraction", "predicted_ratio", "seconds", "peak_rss_mb",
+        "layer_errors"}``; predicted_ratio is null where no sensitivities were measured.
 
     Raises:
         PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
@@ -49,6 +50,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         "layers": list(conversion.layers),
         "active_fraction": conversion.active_fraction,
         "router_fraction": conversion.router_fraction,
+        "predicted_ratio": conversion.predicted_ratio,
         "seconds": conversion.seconds,
         "peak_rss_mb": _peak_rss_mb(),
         "layer_errors": conversion.layer_errors,

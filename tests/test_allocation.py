@@ -14,6 +14,7 @@ from peerify import conversion as conversion_module
 from peerify.allocation import (
     KEEP_DENSE,
     LEAST,
+    _samples,
     allocate,
     allocate_for_loss,
     plan_shares,
@@ -94,6 +95,28 @@ def test_layers_that_stay_dense_are_paid_for_by_the_others(layers: list[tuple[fl
     shares = plan_shares(k, cost, total=None, max_loss=ratio, keep_dense=True)
     assert predicted_loss(k, shares) <= math.log(ratio) * (1 + 1e-6)
     assert all(share == 1 or share <= KEEP_DENSE for share in shares.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 400))
+def test_samples_to_judge_by_are_others_than_those_fitted_to(sizes: list[int], length: int, tokens: int) -> None:
+    """All of them distinct, from beginning to end of the data, as many as `tokens` pay for, one in four to judge by."""
+    ids = torch.arange(sum(sizes))[:, None].expand(-1, length)
+    batches = [{"input_ids": part, "flag": True} for part in ids.split(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peerify.allocation.TOKENS", tokens)
+        fitted, held_out = _samples(batches)
+    rows = [[int(sample["input_ids"][0, 0]) for sample in part] for part in (fitted, held_out)]
+    assert all(sample["input_ids"].shape == (1, length) and sample["flag"] is True for sample in fitted + held_out)
+    if len(ids) == 1:
+        assert rows == [[0], [0]]
+        return
+    together = sorted(rows[0] + rows[1])
+    count = min(len(ids), max(2, tokens // length))
+    assert len(set(together)) == len(together) == count
+    assert together[0] == 0
+    assert together[-1] >= len(ids) - len(ids) / count - 1
+    assert len(rows[1]) == max(1, count // 4)
 
 
 def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> None:

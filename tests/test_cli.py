@@ -210,6 +210,7 @@ def test_convert_then_eval(here: Path) -> None:
     assert result.exit_code == 0, result.stderr
     done = json.loads(result.stdout)
     assert done.keys() >= {"output", "layers", "active_fraction", "seconds", "peak_rss_mb", "layer_errors"}
+    assert done["predicted_ratio"] > 0
     assert list(done["layer_errors"]) == [f"model.layers.{i}.mlp" for i in (1, 2)]
     assert 0 < done["active_fraction"] <= 0.5
     assert not [path for path in here.iterdir() if ".tmp-" in path.name]

@@ -76,6 +76,7 @@ def exact(model: Any, batch: dict[str, Any]) -> Conversion:
         layer_errors=dict.fromkeys(layers, 0.0),
         active_fraction=1.0,
         router_fraction=0.1,
+        predicted_ratio=None,
         seconds=0.0,
     )
 
