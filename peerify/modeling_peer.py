@@ -325,8 +325,8 @@ class ExpertPool(nn.Module):
         """
         size = self._size(probe)
         size = size if size.dtype == torch.float64 else size.float()
-        worth = (size * scale * weight.abs()).log()
-        return worth if score is None or self.rerank_slope is None else worth + self.rerank_slope * score
+        worth = (size * scale).mul_(weight.abs()).log_()  # in place: memory is what this costs
+        return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Table and bias of the projection that re-ranks."""

@@ -313,6 +313,24 @@ def test_the_gradient_is_that_of_a_sigmoid_around_the_level() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_some_tokens_teach_the_router_on_behalf_of_all() -> None:
+    layer = peer(num_shared=2)
+    x = torch.randn(31, 12)
+    slope = torch.randn(31, 12)
+    model = nn.ModuleDict({"mlp": layer})
+
+    def gradient(every: int, of: torch.Tensor) -> torch.Tensor:
+        with Router(model, temperature=0.4, every=every):
+            y = layer(x)
+        torch.testing.assert_close(y, layer(x))
+        return torch.autograd.grad(y, layer.keys.sub_keys, of)[0]
+
+    some = torch.zeros_like(slope)
+    some[2::4] = slope[2::4]
+    torch.testing.assert_close(gradient(4, slope), 4 * gradient(1, some), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(gradient(4, slope), gradient(1, slope), rtol=0.1)
+
+
 def test_thresholds_of_numpy_are_those_of_torch() -> None:
     x = torch.randn(7, 33)
     for k in (1, 5, 32, 33, 40):

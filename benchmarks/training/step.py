@@ -48,7 +48,7 @@ def main() -> None:
     temperature = stage.temperature if options.router == "trained" else None
     seconds: dict[str, list[float]] = {name: [] for name in models}
     processor: dict[str, list[float]] = {name: [] for name in models}
-    with Router(models["converted"], temperature=temperature):
+    with Router(models["converted"], temperature=temperature, every=stage.router_every):
         steps["converted"] = Step(models["converted"], stage, options.precision)
         for number in range(options.steps + 1):
             for name, step in steps.items():

@@ -197,6 +197,10 @@ class StageConfig(BaseModel):
     temperature: float = Field(default=0.3, gt=0)
     """Unit gates: width of the sigmoid through which gradients reach the selection, in spreads of a token's scores."""
 
+    router_every: int = Field(default=4, ge=1)
+    """Unit gates: one token in so many teaches the router, whose own gradient costs as much less; with load_balance or
+    z_loss all of them do."""
+
     balance_rate: float = Field(default=0.0, ge=0)
     """Step of the bias that evens out retrieval without a loss (2408.15664), in spreads of the scores; 0: none."""
 

@@ -123,7 +123,12 @@ class _Stage:
         del weights
         _prepare_modules(model, run.config)
         trains = self.config.optimizer.router_scale > 0
-        self.router = Router(model, temperature=self.config.temperature if trains else None)
+        terms = self.config.objectives
+        self.router = Router(
+            model,
+            temperature=self.config.temperature if trains else None,
+            every=1 if terms.load_balance or terms.z_loss else self.config.router_every,
+        )
         self.model = distribute(model, accelerator)
         self.plain_optimizer = build_optimizer(
             self.config.optimizer, groups.parameter_groups(self.unwrapped, self.config)

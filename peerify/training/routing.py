@@ -5,7 +5,7 @@ loss would gain by taking an expert in is known all the same, since the plain pa
 to the score as if the step from out to in were a sigmoid around the threshold (a straight-through estimate, Bengio
 et al., 1308.3432). With softmax and sigmoid gates the scores weigh the experts and need no help.
 
-Suffixes: t tokens, d d_model, n experts, h heads, c cells of one head's grid.
+Suffixes: t tokens, s tokens that teach the router, d d_model, n experts, h heads, c cells of one head's grid.
 """
 
 from __future__ import annotations
@@ -39,24 +39,27 @@ def levels(layer: Any, score_thn: Tensor) -> Tensor:
 
 
 class _Selected(torch.autograd.Function):
-    """What was selected, as it is; backward as if it were worth * sigmoid((score - level) / width).
+    """What was selected, as it is; backward, for the tokens `taught` and on behalf of the others, as if it were worth *
+    sigmoid((score - level) / width), all four given for these tokens alone.
 
     The sigmoid is evaluated in the backward pass only: forward, a selection costs no more than without a gradient.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, score_tn: Tensor, level: Tensor, width: Tensor, worth_tn: Tensor, selected_tn: Tensor
+        ctx: Any, score_sn: Tensor, level: Tensor, width: Tensor, worth_sn: Tensor, selected_tn: Tensor, taught: slice
     ) -> Tensor:
-        ctx.save_for_backward(score_tn, level, width, worth_tn)
+        ctx.save_for_backward(score_sn, level, width, worth_sn)
+        ctx.taught = taught
         return selected_tn
 
     @staticmethod
-    def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        score_tn, level, width, worth_tn = ctx.saved_tensors
-        step_tn = (score_tn - level).div_(width).sigmoid_()
-        step_tn.addcmul_(step_tn, step_tn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
-        return step_tn.mul_(slope_tn).mul_(worth_tn).div_(width), None, None, None, None
+    def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        score_sn, level, width, worth_sn = ctx.saved_tensors
+        step_sn = (score_sn - level).div_(width).sigmoid_()
+        step_sn.addcmul_(step_sn, step_sn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
+        step_sn.mul_(slope_tn[ctx.taught]).mul_(worth_sn).div_(width / ctx.taught.step)
+        return step_sn, None, None, None, None, None
 
 
 class Router:
@@ -66,10 +69,16 @@ class Router:
     forward pass with gradients is on record for the router's own losses, its bias and the statistics.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float | None) -> None:
-        """`temperature`: width of the sigmoid in the gradient, in spreads of a token's scores; None: no gradient."""
+    def __init__(self, model: nn.Module, *, temperature: float | None, every: int = 1) -> None:
+        """Find the layers.
+
+        Args:
+            temperature: width of the sigmoid in the gradient, in spreads of a token's scores; None: no gradient.
+            every: one token in so many teaches the router. The others take no part in `losses` either, if more than 1.
+        """
         self.layers = peer_layers(model)
         self.temperature = temperature
+        self.every = every
         self.recording = False
         self._seen: dict[str, _Seen] = {}
 
@@ -105,7 +114,9 @@ class Router:
         pool, shared, temperature = layer.pool, layer.num_shared, self.temperature
         u_tn = F.linear(x_td, pool.u, pool.u_bias)
         gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
-        with torch.set_grad_enabled(temperature is not None or self.recording):
+        # Running statistics of a query norm are of all tokens, and taken once.
+        every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
+        with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
             scores = layer.keys.sub_scores(x_td)
             score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
@@ -120,14 +131,19 @@ class Router:
                 worth_tn = self._worth(layer, probe_tn[:, shared:], score_thn[:, 0] if one_score else None, found_tn)
             weight_tn = (found_tn & worth_tn).to(u_tn.dtype)
         if temperature is not None:
+            taught = slice(every // 2, None, every)
+            level, score_shn = level[taught], score_thn
+            if every > 1:
+                score_shn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[taught]))
             # Of several heads that search one pool, the kindest decides.
-            margin_tn = score_thn[:, 0] if score_thn.shape[1] == 1 else (score_thn - level).amax(1)
-            level = level[:, 0] if score_thn.shape[1] == 1 else torch.zeros_like(level[:, 0])
-            given_thn = score_thn.detach()
-            centred_thn = given_thn - given_thn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
-            spread_th = centred_thn.norm(dim=-1) / max(1, centred_thn.shape[-1] - 1) ** 0.5
-            width_t1 = temperature * spread_th.mean(1, keepdim=True).clamp_min(1e-12)
-            weight_tn = _Selected.apply(margin_tn, level, width_t1, worth_tn, weight_tn)
+            one_head = score_shn.shape[1] == 1
+            margin_sn = score_shn[:, 0] if one_head else (score_shn - level).amax(1)
+            level = level[:, 0] if one_head else torch.zeros_like(level[:, 0])
+            given_shn = score_shn.detach()
+            centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
+            spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
+            width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
+            weight_tn = _Selected.apply(margin_sn, level, width_s1, worth_tn[taught], weight_tn, taught)
         if shared:
             weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
         y_td = (pool._activate(u_tn, gate_tn) * weight_tn) @ pool.v
