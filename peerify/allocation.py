@@ -23,6 +23,7 @@ from peerify.calibration import Batch, SiteData, on_device, walk
 from peerify.dense import replaced
 from peerify.feedforward import Site
 from peerify.modeling_peer import PEER
+from peerify.recall import Recall
 
 # Measured on single, refined layers of SmolLM2-135M: between 2.1 (few experts) and 3.1 (most of them). The whole model
 # at half of the compute: 1.220 times the dense perplexity with 2.5, 1.225 with 3.
@@ -49,8 +50,12 @@ def sensitivities(
         build: makes a converted layer of what a site sees, and says how active it is.
     """
     fitted, held_out = _samples(batches)
+    recall, wanted = Recall(model, sites), []
+    for batch in held_out:
+        with torch.no_grad(), recall.recording():
+            wanted.append(_output(model, batch))
     with torch.no_grad():
-        wanted = [_output(model, batch) for batch in held_out]
+        recall.check(lambda: _distance(model, held_out[0], wanted[0]), sites[-1])
     found: dict[str, float] = {}
     for data in walk(model, sites, fitted):
         if progress:
@@ -59,7 +64,10 @@ def sensitivities(
         data.converted_td = data.y_td  # the next layer, too, is measured in the dense model
         parameter = next(model.get_submodule(data.site.path).parameters())
         with torch.no_grad(), replaced(model, data.site, layer.to(parameter.device, parameter.dtype)):
-            moved = sum(_distance(model, batch, out) for batch, out in zip(held_out, wanted, strict=True))
+            moved = 0.0
+            for i, batch in enumerate(held_out):
+                with recall.answering(i, data.site):
+                    moved += _distance(model, batch, wanted[i])
         found[data.site.path] = max(moved / len(held_out), 1e-12) / max(1 - active, 1e-3) ** POWER
     if progress:
         progress("Measuring sensitivities", len(sites), len(sites))

@@ -68,7 +68,7 @@ def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[
     with _evaluating(model):
         body = _body(model, sites)
         for chain in _chains(model, body, sites, batches):
-            here = [site for site in sites if any(_inside(site.path, block) for block in chain)]
+            here = [site for site in sites if any(inside(site.path, block) for block in chain)]
             paths -= {site.path for site in here}
             yield from _walk_chain(model, body, chain, here, batches)
         for site in sites:
@@ -79,14 +79,14 @@ def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[
 def _walk_chain(
     model: nn.Module, body: nn.Module, chain: list[str], sites: list[Site], batches: list[Batch]
 ) -> Iterator[SiteData]:
-    last = max(i for i, block in enumerate(chain) if any(_inside(site.path, block) for site in sites))
+    last = max(i for i, block in enumerate(chain) if any(inside(site.path, block) for site in sites))
     chain = chain[: last + 1]
     inputs = _block_inputs(model, body, chain, batches)
     dense = [call.hidden for call in inputs[0]]
     stream = dense  # the same list as long as nothing is converted
     for block_path, calls in zip(chain, inputs, strict=True):
         block = model.get_submodule(block_path)
-        here = [site for site in sites if _inside(site.path, block_path)]
+        here = [site for site in sites if inside(site.path, block_path)]
         shared = stream is dense
         seen = _Seen([], [])
         if here and shared:
@@ -178,9 +178,8 @@ def _recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return _Call(kwargs[name], name, args, {key: value for key, value in kwargs.items() if key != name})
 
 
-def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[Batch]) -> list[list[str]]:
-    """Runs of blocks, the outermost ModuleList elements around the sites, in which each one's output is the next
-    one's input. Blocks for which that does not hold are left out."""
+def blocks_around(model: nn.Module, sites: list[Site]) -> list[str]:
+    """Paths of the elements of the outermost ModuleLists around `sites`, all of each list."""
     lists: dict[str, None] = {}
     for site in sites:
         parts = site.path.split(".")
@@ -188,7 +187,12 @@ def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[
             if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
                 lists[".".join(parts[:i])] = None
                 break
-    blocks = [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+    return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+
+
+def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[Batch]) -> list[list[str]]:
+    """Runs of blocks around the sites in which each one's output is the next one's input; others are left out."""
+    blocks = blocks_around(model, sites)
     order: list[tuple[str, _Call | None, Any]] = []
     with ExitStack() as stack:
         for path in blocks:
@@ -197,7 +201,7 @@ def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[
                 first = output[0] if isinstance(output, tuple) else output
                 order.append((path, _recorded(args, kwargs), first))
 
-            stack.enter_context(_hook(model.get_submodule(path).register_forward_hook(note, with_kwargs=True)))
+            stack.enter_context(hooked(model.get_submodule(path).register_forward_hook(note, with_kwargs=True)))
         body(**{name: _short(value) for name, value in batches[0].items()})
     chains: list[list[str]] = []
     previous: Any = None
@@ -211,7 +215,7 @@ def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[
         else:
             chains.append([path])
         previous = output
-    return [chain for chain in chains if any(_inside(site.path, block) for site in sites for block in chain)]
+    return [chain for chain in chains if any(inside(site.path, block) for site in sites for block in chain)]
 
 
 def _short(value: Any) -> Any:
@@ -241,7 +245,7 @@ def _block_inputs(model: nn.Module, body: nn.Module, chain: list[str], batches: 
                         raise _StopForwardError
 
                 hook = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-                stack.enter_context(_hook(hook))
+                stack.enter_context(hooked(hook))
             with suppress(_StopForwardError):
                 body(**batch)
         return calls
@@ -275,7 +279,7 @@ def _adds_up(model: nn.Module, block: nn.Module, site: Site, call: _Call, hidden
         own.append(y)
         return torch.zeros_like(y)
 
-    with _hook(model.get_submodule(_end(site)).register_forward_hook(silence)):
+    with hooked(model.get_submodule(_end(site)).register_forward_hook(silence)):
         without = call.run(block, hidden)
     if len(own) != 1 or own[0].numel() != output.numel():
         return False
@@ -296,12 +300,14 @@ def _body(model: nn.Module, sites: list[Site]) -> nn.Module:
     return model
 
 
-def _inside(path: str, block: str) -> bool:
+def inside(path: str, block: str) -> bool:
+    """Whether the module at `path` lies in that block."""
     return path.startswith(block + ".")
 
 
 @contextmanager
-def _hook(handle: Any) -> Iterator[None]:
+def hooked(handle: Any) -> Iterator[None]:
+    """As long as a hook is there."""
     try:
         yield
     finally:
@@ -322,8 +328,8 @@ def _capture(model: nn.Module, site: Site, into: _Seen) -> Iterator[None]:
         into.y.append(y.detach().flatten(0, -2).clone())  # some blocks add to it in place
 
     with (
-        _hook(model.get_submodule(site.path).register_forward_pre_hook(enter)),
-        _hook(model.get_submodule(_end(site)).register_forward_hook(leave)),
+        hooked(model.get_submodule(site.path).register_forward_pre_hook(enter)),
+        hooked(model.get_submodule(_end(site)).register_forward_hook(leave)),
     ):
         yield
 
