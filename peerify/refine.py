@@ -15,11 +15,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peerify.masks import cell_scores, lowered, threshold
 from peerify.modeling_peer import PEER, ProductKeys
 
 BATCH = 512  # tokens
@@ -181,28 +181,6 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":  # torch has no public word for it
         return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cell_scores(keys: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
-    """Scores of the experts that each head searches: (t, h, n) where heads share the pool, else (t, 1, n)."""
-    score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
-    if not keys.share_pool:
-        score_thc = score_thc.flatten(1)[:, None]
-    return score_thc[..., : keys.num_keys]
-
-
-def threshold(x: Tensor, k: int) -> Tensor:
-    """The `k`-th largest value along the last dimension, kept as a dimension of size 1; of fewer, the least."""
-    x, place = x.detach(), max(0, x.shape[-1] - k)
-    # numpy's selection is many times as fast as torch's, but knows no half precision and cannot be compiled.
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        return torch.from_numpy(np.partition(x.numpy(), place, axis=-1)[..., place : place + 1].copy())
-    return x.kthvalue(place + 1, dim=-1, keepdim=True).values
-
-
-def lowered(x: Tensor, mask: Tensor) -> Tensor:
-    """`x`, far below all else where `mask` holds: as `masked_fill` would have it, in a quarter of the time."""
-    return torch.add(x, mask.to(x.dtype), alpha=-(torch.finfo(x.dtype).max ** 0.5))
 
 
 class SoftTopK(torch.autograd.Function):

@@ -23,7 +23,7 @@ from peerify.training import data as training_data
 from peerify.training import groups, objectives, optimizers, state
 from peerify.training.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
 from peerify.training.data import PADDING, Windows
-from peerify.training.routing import Router, threshold
+from peerify.training.routing import Router
 from peerify.training.selection import most_informative
 
 TOKENIZER = tiny_tokenizer()
@@ -329,14 +329,6 @@ def test_some_tokens_teach_the_router_on_behalf_of_all() -> None:
     some[2::4] = slope[2::4]
     torch.testing.assert_close(gradient(4, slope), 4 * gradient(1, some), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(gradient(4, slope), gradient(1, slope), rtol=0.1)
-
-
-def test_thresholds_of_numpy_are_those_of_torch() -> None:
-    x = torch.randn(7, 33)
-    for k in (1, 5, 32, 33, 40):
-        wanted = x.topk(min(k, 33), dim=-1).values[:, -1:]
-        assert torch.equal(threshold(x, k), wanted)
-        assert torch.equal(threshold(x.double(), k).float(), wanted)
 
 
 @pytest.mark.parametrize("gates", ["unit", "softmax"])

@@ -18,24 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.refine import cell_scores, lowered, threshold
+from peerify.masks import cell_scores, selected
 
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
     """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
     return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
-
-
-def levels(layer: Any, score_thn: Tensor) -> Tensor:
-    """The score at which an expert is just retrieved: (t, h, 1), or (t, 1, n) where parts have budgets of their own."""
-    if layer.joint_topk or layer.keys.share_pool or layer.num_heads == 1:
-        return threshold(score_thn, layer._per_head)
-    cells = layer.keys.grid[0] * layer.keys.grid[1]
-    spare = layer.num_heads * cells - layer.keys.num_keys
-    part_thc = F.pad(score_thn[:, 0].detach(), (0, spare), value=-math.inf).unflatten(1, (layer.num_heads, cells))
-    level_thc = threshold(part_thc, layer._per_head).expand_as(part_thc)
-    level_t1n = level_thc.flatten(1)[:, None, : score_thn.shape[-1]]
-    return level_t1n.clamp_min(torch.finfo(level_t1n.dtype).min)
 
 
 class _Selected(torch.autograd.Function):
@@ -120,15 +108,9 @@ class Router:
             scores = layer.keys.sub_scores(x_td)
             score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
-            level = levels(layer, score_thn)
-            found_tn = (score_thn >= level).any(1) if score_thn.shape[1] > 1 else score_thn[:, 0] >= level[:, 0]
+            level, found_tn, worth_tn = selected(layer, score_thn, u_tn, gate_tn)
             if self.recording:
                 self._record(path, layer, scores, None, found_tn)
-            worth_tn = torch.ones_like(found_tn)
-            if pool.rerank is not None and layer.topk < layer.num_experts - shared:
-                probe_tn = gate_tn if pool.rerank == "gate" and gate_tn is not None else u_tn
-                one_score = not layer.share_pool or layer.num_heads == 1
-                worth_tn = self._worth(layer, probe_tn[:, shared:], score_thn[:, 0] if one_score else None, found_tn)
             weight_tn = (found_tn & worth_tn).to(u_tn.dtype)
         if temperature is not None:
             taught = slice(every // 2, None, every)
@@ -148,13 +130,6 @@ class Router:
             weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
         y_td = (pool._activate(u_tn, gate_tn) * weight_tn) @ pool.v
         return y_td if layer.bias is None else y_td + layer.bias
-
-    @staticmethod
-    def _worth(layer: Any, probe_tn: Tensor, score_tn: Tensor | None, found_tn: Tensor) -> Tensor:
-        """Which experts re-ranking keeps or, of those that were not retrieved, would have kept: bool."""
-        pool, shared = layer.pool, layer.num_shared
-        worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
-        return worth_tn >= threshold(lowered(worth_tn, ~found_tn), layer.topk)  # type: ignore[no-any-return]
 
     def _record(
         self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tc: Tensor | None, weight: Tensor
