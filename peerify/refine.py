@@ -30,7 +30,7 @@ EXPERT_RATE = 0.02  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
 TEMPERATURE = 0.3  # in units of the spread of the scores
 SLOPE = 0.3  # of the score in the re-ranking, to start from
-NEWTON_STEPS, ENOUGH = 8, 1e-4  # at most; a step below ENOUGH temperatures is the last
+NEWTON_STEPS, ENOUGH = 8, 1e-2  # at most; after a step below ENOUGH temperatures, about its square is left
 
 
 def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, seed: int) -> None:
@@ -89,8 +89,9 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     with torch.no_grad():
         energy_tn = (a_tn[:, shared:] * pool.v[shared:].norm(dim=1)).square_()
         energy_tn /= energy_tn.sum(1, keepdim=True).clamp_min(tiny)
-        kept_tn = candidate_tn = score_tn >= threshold(score_tn, layer.candidates)
-    chosen_tn = SoftTopK.apply(score_tn, layer.candidates, TEMPERATURE)
+        level_t1 = threshold(score_tn, layer.candidates)
+        kept_tn = candidate_tn = score_tn >= level_t1
+    chosen_tn = SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
     if router.log_scale_n is None or layer.topk == layer.candidates:
         missed_tn = 1 - chosen_tn
     else:
@@ -103,7 +104,7 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
         kept_tn = among_tn.detach() >= least_t1
         # Being a candidate pays for those that re-ranking would keep; being kept, for those that are candidates.
         missed_tn = (1 - chosen_tn) * (worth_tn.detach() >= least_t1)
-        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.topk, TEMPERATURE)) * candidate_tn
+        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.topk, least_t1, TEMPERATURE)) * candidate_tn
     weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
     y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
     error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
@@ -187,9 +188,8 @@ class SoftTopK(torch.autograd.Function):
     """m_i = sigmoid((s_i - tau) / T) with tau such that each row sums to k; gradients pass through tau as well."""
 
     @staticmethod
-    def forward(ctx: Any, score_tn: Tensor, k: int, temperature: float) -> Tensor:
-        """(t, n) in and out."""
-        tau_t1 = threshold(score_tn, k)
+    def forward(ctx: Any, score_tn: Tensor, k: int, tau_t1: Tensor, temperature: float) -> Tensor:
+        """(t, n) in and out; `tau_t1` is where to begin, the k-th largest score."""
         for _ in range(NEWTON_STEPS):
             m_tn = torch.sigmoid((score_tn - tau_t1) / temperature)
             slope_t1 = (m_tn * (1 - m_tn)).sum(1, keepdim=True) / temperature
@@ -203,10 +203,10 @@ class SoftTopK(torch.autograd.Function):
         return m_tn
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """d m_i / d s_j = w_i (delta_ij - w_j / sum w) / T with w = m (1 - m)."""
         (grad_tn,) = grads
         (m_tn,) = ctx.saved_tensors
         weight_tn = m_tn * (1 - m_tn)
         mean_t1 = (grad_tn * weight_tn).sum(1, keepdim=True) / weight_tn.sum(1, keepdim=True).clamp_min(1e-12)
-        return (grad_tn - mean_t1) * weight_tn / ctx.temperature, None, None
+        return (grad_tn - mean_t1) * weight_tn / ctx.temperature, None, None, None

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peerify.masks import threshold
 from peerify.modeling_peer import PEER
 from peerify.refine import SoftTopK, _Router, refine
 from peerify.refit import relative_error
@@ -25,14 +26,16 @@ def normals(*shape: int) -> Tensor:
 def test_soft_choices_sum_to_k(count: int, share: float, seed: int) -> None:
     k = min(count - 1, max(1, round(share * count)))
     score_tn = torch.randn(3, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    m_tn = SoftTopK.apply(score_tn, k, 0.3)
+    m_tn = SoftTopK.apply(score_tn, k, threshold(score_tn, k), 0.3)
     assert torch.allclose(m_tn.sum(1), torch.full((3,), float(k), dtype=torch.float64), atol=1e-3)
     assert torch.equal(m_tn.argsort(1), score_tn.argsort(1))
 
 
 def test_gradient_passes_through_the_threshold() -> None:
     score_tn = normals(3, 9).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: SoftTopK.apply(s, 4, 0.5), (score_tn,), eps=1e-6, atol=1e-4)
+    assert torch.autograd.gradcheck(
+        lambda s: SoftTopK.apply(s, 4, threshold(s, 4), 0.5), (score_tn,), eps=1e-6, atol=1e-4
+    )
 
 
 FORMS: list[dict[str, Any]] = [
