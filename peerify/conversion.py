@@ -96,7 +96,8 @@ def plan_conversion(
         measure: measure sensitivities also where `config` alone decides, to predict what that costs.
 
     Raises:
-        ConversionError: see `convert`; no layer can be converted within the compute or the loss asked for.
+        ConversionError: see `convert`; no layer can be converted within the compute or the loss asked for; a loss with
+            fewer experts than neurons.
     """
     if any(hasattr(module, "get_delta_weight") for module in model.modules()):
         raise ConversionError(
@@ -107,6 +108,11 @@ def plan_conversion(
     sites = select_sites(calibrated_feedforwards(model, batches[0]), config.layers)
     auto, d_ff = config.layers == "auto", min(site.d_ff for site in sites)
     most = min(1.0, (config.num_experts or d_ff) / d_ff)
+    if config.max_loss is not None and most < 1:
+        raise ConversionError(
+            f"num_experts {config.num_experts} leaves out some of {d_ff} neurons, and max_loss does not know their "
+            "price: leave one of the two out, or give active instead of max_loss"
+        )
     decided = config.topk is not None or (
         config.max_loss is None
         and not auto

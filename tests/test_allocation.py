@@ -165,6 +165,8 @@ def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:
     assert len(conversion.layers) < 3
     with pytest.raises(ConversionError, match=r"max_loss 1\.0000"):
         convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", max_loss=1.0000000001), [inputs])
+    with pytest.raises(ConversionError, match="num_experts 28 leaves out some of 56 neurons"):
+        convert(FAMILIES["llama"](seed), PeerConfig(num_experts=28, max_loss=1.1), [inputs])
     with pytest.raises(ValueError, match="give one of them"):
         PeerConfig(active=0.5, max_loss=1.1)
     with pytest.raises(ConversionError, match=r"within active 0\.99"):
