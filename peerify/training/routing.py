@@ -26,28 +26,36 @@ def peer_layers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
 
 
-class _Selected(torch.autograd.Function):
-    """What was selected, as it is; backward, for the tokens `taught` and on behalf of the others, as if it were worth *
-    sigmoid((score - level) / width), all four given for these tokens alone.
+class _Weighted(torch.autograd.Function):
+    """Activations times weights of 0 and 1; backward as if a routed expert's weight were worth * sigmoid((score -
+    level) / width), all four given for the tokens `taught` alone, which speak on behalf of all.
 
     The sigmoid is evaluated in the backward pass only: forward, a selection costs no more than without a gradient.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, score_sn: Tensor, level: Tensor, width: Tensor, worth_sn: Tensor, selected_tn: Tensor, taught: slice
+        ctx: Any,
+        a_tn: Tensor,
+        weight_tn: Tensor,
+        score_sn: Tensor,
+        level: Tensor,
+        width: Tensor,
+        worth_sn: Tensor,
+        taught: slice,
     ) -> Tensor:
-        ctx.save_for_backward(score_sn, level, width, worth_sn)
+        ctx.save_for_backward(a_tn, weight_tn, score_sn, level, width, worth_sn)
         ctx.taught = taught
-        return selected_tn
+        return a_tn * weight_tn
 
     @staticmethod
     def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        score_sn, level, width, worth_sn = ctx.saved_tensors
+        a_tn, weight_tn, score_sn, level, width, worth_sn = ctx.saved_tensors
         step_sn = (score_sn - level).div_(width).sigmoid_()
         step_sn.addcmul_(step_sn, step_sn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
-        step_sn.mul_(slope_tn[ctx.taught]).mul_(worth_sn).div_(width / ctx.taught.step)
-        return step_sn, None, None, None, None, None
+        gain_sn = (slope_tn[ctx.taught] * a_tn[ctx.taught])[:, -score_sn.shape[1] :]  # shared experts come first
+        step_sn.mul_(gain_sn).mul_(worth_sn).div_(width / ctx.taught.step)
+        return slope_tn * weight_tn, None, step_sn, None, None, None, None
 
 
 class Router:
@@ -112,7 +120,12 @@ class Router:
             if self.recording:
                 self._record(path, layer, scores, None, found_tn)
             weight_tn = (found_tn & worth_tn).to(u_tn.dtype)
-        if temperature is not None:
+            if shared:
+                weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
+        a_tn = pool._activate(u_tn, gate_tn)
+        if temperature is None:
+            a_tn = a_tn * weight_tn
+        else:
             taught = slice(every // 2, None, every)
             level, score_shn = level[taught], score_thn
             if every > 1:
@@ -125,10 +138,8 @@ class Router:
             centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
             spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
             width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
-            weight_tn = _Selected.apply(margin_sn, level, width_s1, worth_tn[taught], weight_tn, taught)
-        if shared:
-            weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
-        y_td = (pool._activate(u_tn, gate_tn) * weight_tn) @ pool.v
+            a_tn = _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, worth_tn[taught], taught)
+        y_td = a_tn @ pool.v
         return y_td if layer.bias is None else y_td + layer.bias
 
     def _record(
