@@ -37,7 +37,8 @@ class SiteData:
     """What would have to be added to its output for the stream to be the dense model's again; None where it is not
     simply added to the stream (a norm follows it), or where the model does not run block by block."""
     converted_td: Tensor | None = None
-    """To be set to the output of what replaces the layer, where it is known: saves running the block once more."""
+    """To be set to the output of what replaces the layer, where it is known: saves running the block once more.
+    `y_td` itself where the layer stays."""
 
 
 def token_batches(windows_bt: Tensor, model: nn.Module) -> list[Batch]:
@@ -106,7 +107,9 @@ def _walk_chain(
                 correction = torch.cat([_flat(a) - _flat(b) for a, b in zip(dense, outputs, strict=True)])
             data = _site_data(site, seen, correction)
             yield data
-            if adds_up and data.converted_td is not None:
+            if data.converted_td is data.y_td:  # nothing is changed
+                after = outputs
+            elif adds_up and data.converted_td is not None:
                 change = (data.converted_td - data.y_td).split([_flat(hidden).shape[0] for hidden in outputs])
                 after = [h + c.view_as(h).to(h.dtype) for h, c in zip(outputs, change, strict=True)]
             else:

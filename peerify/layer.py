@@ -14,6 +14,7 @@ from peerify.calibration import SiteData
 from peerify.clustering import arrange
 from peerify.dense import FeedForward
 from peerify.feedforward import Site
+from peerify.masks import activations, project
 from peerify.modeling_peer import PEER
 from peerify.plan import plan_layer, splits
 from peerify.recipe import PeerConfig
@@ -115,6 +116,7 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
         layer = PEER(**plan | {"rerank": "up" if plan["rerank"] == "auto" else plan["rerank"]}).to(ff.u_fd.device)
     _copy_neurons(layer, ff, neuron_n)
     layer.pool.v.data.mul_(share_n[:, None])
+    layer.pool.update_norm()
     routed = neuron_n[layer.num_shared :]
     fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
     return layer.eval()
@@ -142,31 +144,41 @@ def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
 
 
 def _choose(
-    layer: PEER, rerank: str, splits: list[tuple[int, int]], fit: RouterFit, neuron_n: Tensor, data: SiteData
+    layer: PEER,
+    rerank: str,
+    splits: list[list[tuple[int, int, int]]],
+    fit: RouterFit,
+    neuron_n: Tensor,
+    data: SiteData,
 ) -> dict[str, Any]:
     """Set the projection that re-ranks and the split of compute that give the smallest output error.
 
     Args:
         rerank: "gate", "up", or "auto" for the better one.
-        splits: (topk, candidates) per head to choose from.
+        splits: see `plan.splits`.
 
     Returns:
         The choice, as keyword arguments of `PEER`.
     """
     probes = list(fit.probe_scale_f) if rerank == "auto" else [rerank]
-    options = [(probe, *split) for split in splits for probe in probes]
     step = max(1, len(data.x_td) // PROBE_TOKENS)
+    x_td, y_td = data.x_td[::step], data.y_td[::step]
+    projected = project(layer, x_td) if layer.gates == "unit" else None
 
-    def use(probe: str, topk: int, candidates: int) -> None:
-        layer.set_budget(topk, candidates)
+    def use(probe: str, budget: tuple[int, int, int]) -> None:
+        layer.set_budget(*budget)
         layer.pool.rerank = probe
         assert layer.pool.rerank_scale is not None
         layer.pool.rerank_scale.data.copy_(fit.probe_scale_f[probe][neuron_n])
 
-    def error(option: tuple[str, int, int]) -> float:
+    def error(option: tuple[str, tuple[int, int, int]]) -> float:
         use(*option)
-        return relative_error(layer(data.x_td[::step]), data.y_td[::step])
+        a_tn = layer.activations(x_td) if projected is None else activations(layer, projected)
+        return relative_error(a_tn @ layer.pool.v + (0.0 if layer.bias is None else layer.bias), y_td)
 
-    best = min(options, key=error) if len(options) > 1 else options[0]
-    use(*best)
-    return dict(zip(("rerank", "topk", "candidates"), best, strict=True))
+    options = [(probe, budgets[0]) for budgets in splits for probe in probes]
+    probe, budget = min(options, key=error) if len(options) > 1 else options[0]
+    options = [(probe, other) for budgets in splits if budgets[0] == budget for other in budgets]
+    probe, budget = min(options, key=error) if len(options) > 1 else options[0]
+    use(probe, budget)
+    return {"rerank": probe} | dict(zip(("topk", "shortlist", "candidates"), budget, strict=True))

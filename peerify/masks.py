@@ -9,7 +9,7 @@ Suffixes: t tokens, n experts (scores: routed ones only), h heads, a rows, b col
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,33 @@ def lowered(x: Tensor, mask: Tensor) -> Tensor:
     return torch.add(x, mask.to(x.dtype), alpha=-(torch.finfo(x.dtype).max ** 0.5))
 
 
+class Projected(NamedTuple):
+    """All of a PEER layer's products with its input, whatever is selected."""
+
+    score_thn: Tensor
+    u_tn: Tensor
+    gate_tn: Tensor | None
+    a_tn: Tensor
+    """Activations of all experts."""
+
+
+def project(layer: Any, x_td: Tensor) -> Projected:
+    """The products, and what they are without a selection."""
+    pool = layer.pool
+    u_tn = F.linear(x_td, pool.u, pool.u_bias)
+    gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
+    score_thn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td))
+    return Projected(score_thn, u_tn, gate_tn, pool._activate(u_tn, gate_tn))
+
+
+def activations(layer: Any, projected: Projected) -> Tensor:
+    """`PEER.activations` of a layer with unit gates, from its products: in less than half of the time."""
+    _, found_tn, kept_tn = selected(layer, projected)
+    a_tn = projected.a_tn.clone()
+    a_tn[:, layer.num_shared :] *= found_tn & kept_tn
+    return a_tn
+
+
 def levels(layer: Any, score_thn: Tensor) -> Tensor:
     """The score at which an expert is just retrieved: (t, h, 1), or (t, 1, n) where parts have budgets of their own."""
     if layer.joint_topk or layer.keys.share_pool or layer.num_heads == 1:
@@ -51,23 +78,28 @@ def levels(layer: Any, score_thn: Tensor) -> Tensor:
     return level_t1n.clamp_min(torch.finfo(level_t1n.dtype).min)
 
 
-def selected(layer: Any, score_thn: Tensor, u_tn: Tensor, gate_tn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def selected(layer: Any, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
     """Which routed experts a PEER layer with unit gates takes.
 
-    Args:
-        score_thn: see `cell_scores`.
-        u_tn, gate_tn: projections of all experts, shared ones included.
-
     Returns:
-        The `levels`; which experts are candidates (t, n); which of all experts re-ranking keeps, or would keep if they
-        were candidates (t, n). Evaluated are those for which both hold.
+        The `levels`; which experts are candidates (t, n); which of all experts are added up, or would be if they were
+        candidates (t, n). Added up are those for which both hold.
     """
     pool, shared = layer.pool, layer.num_shared
+    score_thn, u_tn, gate_tn, a_tn = projected
     level = levels(layer, score_thn)
     found_tn = (score_thn >= level).any(1) if score_thn.shape[1] > 1 else score_thn[:, 0] >= level[:, 0]
-    if pool.rerank is None or layer.topk >= layer.num_experts - shared:
+    if layer.router_fraction == 0:  # all are, even where several heads that search one pool name some twice
+        found_tn = torch.ones_like(found_tn)
+    if pool.rerank is None:
         return level, found_tn, torch.ones_like(found_tn)
     probe_tn = (gate_tn if pool.rerank == "gate" and gate_tn is not None else u_tn)[:, shared:]
-    score_tn = score_thn[:, 0] if not layer.share_pool or layer.num_heads == 1 else None
+    score_tn = None
+    if layer.router_fraction > 0 and (not layer.share_pool or layer.num_heads == 1):
+        score_tn = score_thn[:, 0]
     worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
-    return level, found_tn, worth_tn >= threshold(lowered(worth_tn, ~found_tn), layer.topk)
+    kept_tn = worth_tn >= threshold(lowered(worth_tn, ~found_tn), layer.shortlist)
+    if layer.topk < layer.shortlist:
+        size_tn = pool._contribution(a_tn[:, shared:], pool.rerank_norm[shared:])
+        kept_tn &= size_tn >= threshold(size_tn * (found_tn & kept_tn), layer.topk)
+    return level, found_tn, kept_tn

@@ -14,7 +14,7 @@ where R(x) is found by product keys: expert i sits in cell (a, b) of a grid and 
 best of N experts are found among 2 sqrt(N) sub-keys (paper, section 2.1).
 
 Shape suffixes: t tokens, d d_model, n experts, h heads, a grid rows, b grid columns, m rows + columns,
-c candidates (all heads together), k experts evaluated in full.
+c candidates (all heads together), s the shortlisted of them, k experts evaluated in full.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ class ExpertPool(nn.Module):
     `num_shared` experts take part for every token.
 
     With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
-    contribution |a_i| ||v_i|| is largest are evaluated in full. The estimate of its logarithm is
+    contribution |a_i| ||v_i|| is largest are shortlisted. The estimate of its logarithm is
     log |probed factor| + log rerank_scale + rerank_slope * retrieval score: the score speaks for the other factor.
+    Once both projections of the shortlisted are known, so is |a_i|, and only the largest contributions are added up.
     """
 
     def __init__(
@@ -245,6 +246,8 @@ class ExpertPool(nn.Module):
         # reaches them: what loads and offloads weights piece by piece may pass buffers over.
         self.rerank_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank else None
         self.rerank_slope = nn.Parameter(torch.empty(1), requires_grad=False) if rerank else None
+        # ||v_i|| as of the last fit: the rows of `v` that are left out need not be read to know.
+        self.rerank_norm = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank and gated else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -255,42 +258,58 @@ class ExpertPool(nn.Module):
         for bias in (self.u_bias, self.gate_bias):
             if bias is not None:
                 init.zeros_(bias)
-        if self.rerank_scale is not None:
-            init.ones_(self.rerank_scale)
+        for scale in (self.rerank_scale, self.rerank_norm):
+            if scale is not None:
+                init.ones_(scale)
         if self.rerank_slope is not None:
             init.zeros_(self.rerank_slope)
 
-    def forward(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
+    def forward(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
         """Weighted sum of experts, (t, d).
 
         Args:
             x_td: tokens.
             found: candidates of each token; None: all experts, each with weight 1.
-            keep: how many candidates are evaluated in full (all of them, unless `rerank`).
+            shortlist: how many candidates both projections are evaluated of (all of them, unless `rerank`).
+            keep: how many of those are added up (all of them, unless there is `rerank_norm`).
         """
         # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
         if found is not None and 3 * found.index_tc.numel() < self.u.shape[0]:
-            return self._gathered(x_td, found, keep)
-        return self.activations(x_td, found, keep) @ self.v
+            return self._gathered(x_td, found, shortlist, keep)
+        return self.activations(x_td, found, shortlist, keep) @ self.v
 
-    def weights(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
-        """Gate values (t, n) of the experts that `forward` evaluates in full, 0 for all others."""
-        probe_tn = None if self.rerank is None else F.linear(x_td, *self._probed())
-        return self._spread(x_td, found, probe_tn, keep)
+    def weights(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
+        """Gate values (t, n) of the experts that `forward` adds up, 0 for all others."""
+        return self._dense(x_td, found, shortlist, keep)[1]
 
-    def activations(self, x_td: torch.Tensor, found: Retrieved | None, keep: int) -> torch.Tensor:
-        """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not retrieved.
+    def activations(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
+        """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not added.
 
         All experts by dense products: for many tokens and few experts.
         """
+        a_tn, weight_tn = self._dense(x_td, found, shortlist, keep)
+        return a_tn * weight_tn
+
+    def _dense(
+        self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations of all experts and their weights, each (t, n)."""
         u_tn = F.linear(x_td, self.u, self.u_bias)
         gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
         a_tn = self._activate(u_tn, gate_tn)
-        if found is not None or keep < self.u.shape[0] - self.num_shared:
-            a_tn = a_tn * self._spread(x_td, found, gate_tn if self.rerank == "gate" else u_tn, keep)
-        return a_tn
+        if found is None and shortlist >= self.u.shape[0] - self.num_shared:
+            weight_tn = x_td.new_ones(1, 1).expand_as(a_tn)
+        else:
+            probe_tn = gate_tn if gate_tn is not None and self.rerank == "gate" else u_tn
+            weight_tn = self._spread(x_td, found, probe_tn, shortlist)
+        if self.rerank_norm is not None and keep < shortlist:
+            routed = slice(self.num_shared, None)
+            size_tn = self._contribution((a_tn * weight_tn)[:, routed], self.rerank_norm[routed])
+            kept_tn = torch.zeros_like(size_tn).scatter_(1, best(size_tn, keep), 1.0)
+            weight_tn = weight_tn * F.pad(kept_tn.to(weight_tn.dtype), (self.num_shared, 0), value=1.0)
+        return a_tn, weight_tn
 
-    def _gathered(self, x_td: torch.Tensor, found: Retrieved, keep: int) -> torch.Tensor:
+    def _gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, keep: int) -> torch.Tensor:
         """Only the candidates' rows are read: for few tokens or many experts."""
         index_tc, weight_tc, score_tc = found
 
@@ -298,19 +317,40 @@ class ExpertPool(nn.Module):
             y = torch.einsum("td,tcd->tc", x_td, table[index])
             return y if bias is None else y + bias[index]
 
-        if self.rerank_scale is not None and keep < index_tc.shape[1]:
+        if self.rerank_scale is not None and shortlist < index_tc.shape[1]:
             probe_tc = project(*self._probed(), index_tc)
             worth_tc = self.worth(probe_tc, weight_tc, score_tc, self.rerank_scale[index_tc])
-            best_tk = best(worth_tc, keep)
-            index_tc, weight_tc = index_tc.gather(1, best_tk), weight_tc.gather(1, best_tk)
-        if self.num_shared:
-            shared = torch.arange(self.num_shared, device=x_td.device).expand(x_td.shape[0], -1)
-            index_tc = torch.cat([shared, index_tc], dim=1)
-            weight_tc = torch.cat([torch.ones_like(shared, dtype=weight_tc.dtype), weight_tc], dim=1)
-        u_tk = project(self.u, self.u_bias, index_tc)
-        gate_tk = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
-        a_tk = self._activate(u_tk, gate_tk) * weight_tc.to(x_td.dtype)
-        return torch.einsum("tk,tkd->td", a_tk, self.v[index_tc])
+            best_ts = best(worth_tc, shortlist)
+            index_tc, weight_tc = index_tc.gather(1, best_ts), weight_tc.gather(1, best_ts)
+        u_ts = project(self.u, self.u_bias, index_tc)
+        gate_ts = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
+        a_tk, index_tk = self._activate(u_ts, gate_ts) * weight_tc.to(x_td.dtype), index_tc
+        if self.rerank_norm is not None and keep < shortlist:
+            best_tk = best(self._contribution(a_tk, self.rerank_norm[index_tk]), keep)
+            a_tk, index_tk = a_tk.gather(1, best_tk), index_tk.gather(1, best_tk)
+        y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
+        return y_td + self._shared(x_td) if self.num_shared else y_td
+
+    def _shared(self, x_td: torch.Tensor) -> torch.Tensor:
+        """What the experts that take part for every token say."""
+
+        def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return F.linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])
+
+        gate = None if self.gate is None else project(self.gate, self.gate_bias)
+        return self._activate(project(self.u, self.u_bias), gate) @ self.v[: self.num_shared]
+
+    @torch.no_grad()
+    def update_norm(self) -> None:
+        """Bring `rerank_norm`, if there is one, up to date."""
+        if self.rerank_norm is not None:
+            self.rerank_norm.copy_(self.v.norm(dim=1))
+
+    @torch.no_grad()
+    def _contribution(self, a: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Sizes |a_i| ||v_i|| of what experts add."""
+        a = a if a.dtype == torch.float64 else a.float()
+        return a.abs() * norm
 
     @torch.no_grad()
     def worth(
@@ -354,22 +394,22 @@ class ExpertPool(nn.Module):
         return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
 
     def _spread(
-        self, x_td: torch.Tensor, found: Retrieved | None, probe_tn: torch.Tensor | None, keep: int
+        self, x_td: torch.Tensor, found: Retrieved | None, probe_tn: torch.Tensor, shortlist: int
     ) -> torch.Tensor:
-        """Candidate weights scattered over all experts, cut to the `keep` largest where `rerank`."""
+        """Candidate weights scattered over all experts, cut to the `shortlist` worthiest where `rerank`."""
         tokens, experts, shared = x_td.shape[0], self.u.shape[0], self.num_shared
         score_tn = None
         if found is None:
             weight_tn = x_td.new_ones(tokens, experts)
         else:
             weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, found.index_tc, found.weight_tc.to(x_td.dtype))
-        if self.rerank_scale is not None and probe_tn is not None and keep < experts - shared:
+        if self.rerank_scale is not None and shortlist < experts - shared:
             if found is not None and found.score_tc is not None:
                 score_tn = torch.zeros_like(weight_tn, dtype=found.score_tc.dtype)
                 score_tn = score_tn.scatter_add(1, found.index_tc, found.score_tc.detach())
             worth_tn = self.worth(probe_tn, weight_tn, score_tn, self.rerank_scale)
-            kept_tk = best(worth_tn[:, shared:], keep) + shared
-            weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, kept_tk, 1.0)
+            best_ts = best(worth_tn[:, shared:], shortlist) + shared
+            weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, best_ts, 1.0)
         if shared:
             weight_tn = torch.cat([weight_tn.new_ones(tokens, shared), weight_tn[:, shared:]], dim=1)
         return weight_tn
@@ -384,7 +424,9 @@ class PEER(nn.Module):
         grid: rows x columns of the product-key grid (of each head's own grid unless `share_pool`).
         num_heads: retrieval heads h.
         topk: experts evaluated in full per head, k; with `joint_topk` the heads share a budget of h*k.
-        candidates: experts retrieved per head, of which `rerank` keeps `topk`; None: as many as `topk`.
+        candidates: experts retrieved per head, of which `rerank` keeps `shortlist`; None: as many as that.
+        shortlist: candidates per head whose activation is evaluated, of which those `topk` are added up that
+            contribute most; None: as many as `topk`.
         gated, activation, expert_bias, gate_bias, output_bias: the form of the experts (see the module docstring).
         num_shared: experts that take part for every token, without retrieval.
         share_pool: all heads retrieve from one pool (the paper); otherwise each owns a part of it.
@@ -413,6 +455,7 @@ class PEER(nn.Module):
         topk: int,
         *,
         candidates: int | None = None,
+        shortlist: int | None = None,
         activation: str = "gelu",
         gated: bool = False,
         expert_bias: bool = False,
@@ -432,13 +475,19 @@ class PEER(nn.Module):
         d_ff: int | None = None,
     ) -> None:
         super().__init__()
-        candidates = topk if candidates is None else candidates
+        shortlist = topk if shortlist is None else shortlist
+        candidates = shortlist if candidates is None else candidates
         if gates not in ("unit", "softmax", "sigmoid"):
             raise ValueError(f"gates must be 'unit', 'softmax' or 'sigmoid', not {gates!r}")
-        if not 1 <= topk <= candidates:
-            raise ValueError(f"need 1 <= topk <= candidates, not topk={topk}, candidates={candidates}")
+        if not 1 <= topk <= shortlist <= candidates:
+            raise ValueError(
+                f"need 1 <= topk <= shortlist <= candidates, not topk={topk}, shortlist={shortlist}, "
+                f"candidates={candidates}"
+            )
         if candidates > topk and (rerank is None or gates == "softmax"):
             raise ValueError("candidates above topk need rerank, and gates that are not normalised over them (softmax)")
+        if shortlist > topk and not gated:
+            raise ValueError("a shortlist above topk is for gated experts: plain ones have one projection to go by")
         if joint_topk and share_pool:
             raise ValueError("joint_topk is for heads with pools of their own: set share_pool=False")
         self.d_model, self.num_experts, self.num_heads, self.num_shared = d_model, num_experts, num_heads, num_shared
@@ -468,13 +517,14 @@ class PEER(nn.Module):
             clamp=clamp,
         )
         self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
-        self.set_budget(topk, candidates)
+        self.set_budget(topk, shortlist, candidates)
 
-    def set_budget(self, topk: int, candidates: int) -> None:
-        """Experts evaluated in full and retrieved for each head."""
+    def set_budget(self, topk: int, shortlist: int, candidates: int) -> None:
+        """Experts added up, shortlisted and retrieved for each head."""
         rows, columns = self.keys.grid
         # In all heads together; `_per_head` is what one call of the retrieval is asked for.
         self.candidates = min(self.num_heads * candidates, self.keys.num_keys)
+        self.shortlist = min(self.num_heads * shortlist, self.keys.num_keys)
         self.topk = min(self.num_heads * topk, self.keys.num_keys)
         self._per_head = self.candidates if self.joint_topk else min(candidates, rows * columns)
 
@@ -488,19 +538,19 @@ class PEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        y_td = self.pool(x_td, self._retrieve(x_td), self.topk)
+        y_td = self.pool(x_td, self._retrieve(x_td), self.shortlist, self.topk)
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)
 
     def activations(self, x_td: torch.Tensor) -> torch.Tensor:
-        """What multiplies each expert's output vector, (t, n): 0 for experts that are not evaluated in full."""
-        return self.pool.activations(x_td, self._retrieve(x_td), self.topk)
+        """What multiplies each expert's output vector, (t, n): 0 for experts that are not added up."""
+        return self.pool.activations(x_td, self._retrieve(x_td), self.shortlist, self.topk)
 
     @torch.no_grad()
     def active_experts(self, x_td: torch.Tensor) -> torch.Tensor:
-        """Which experts are evaluated in full for each token: bool (t, n)."""
-        return self.pool.weights(x_td, self._retrieve(x_td), self.topk) != 0
+        """Which experts are added up for each token: bool (t, n)."""
+        return self.pool.weights(x_td, self._retrieve(x_td), self.shortlist, self.topk) != 0
 
     def _retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
         """Candidates of each token; None: all experts, each with weight 1."""
@@ -541,9 +591,9 @@ class PEER(nn.Module):
     def active_fraction(self) -> float:
         """Multiply-adds of the experts per token, as a share of the dense layer's (the router's not counted)."""
         factors = 2 if self.pool.gate is None else 3
-        probes = self.candidates if self.pool.rerank is not None else self.topk
-        full = (factors - 1) * self.topk + probes + factors * self.num_shared
-        return full / (factors * self.d_ff)
+        probed = self.candidates if self.pool.rerank is not None else self.topk
+        shortlisted = 0 if self.pool.gate is None else self.shortlist
+        return (probed + shortlisted + self.topk + factors * self.num_shared) / (factors * self.d_ff)
 
     @property
     def router_fraction(self) -> float:
@@ -559,7 +609,8 @@ class PEER(nn.Module):
         rows, columns = self.keys.grid
         return (
             f"d_model={self.d_model}, num_experts={self.num_experts}, grid={rows}x{columns}, "
-            f"num_heads={self.num_heads}, topk={self.topk} of {self.candidates} candidates, gates={self.gates!r}"
+            f"num_heads={self.num_heads}, topk={self.topk} of {self.shortlist} of {self.candidates} candidates, "
+            f"gates={self.gates!r}"
         )
 
 

@@ -19,6 +19,7 @@ SMALLEST_GRID = 48
 # Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
 # fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
 CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
+SHORTLIST = (1.3, 1.15, 1.5)  # shortlisted gated experts for each that is added up, likewise
 
 
 def plan_layer(
@@ -66,7 +67,8 @@ def plan_layer(
                 "experts and one more: raise active or lower num_shared"
             )
     else:
-        per_head = (config.candidates or 0) + (vectors - 1) * (config.topk or 0) or 1
+        shortlisted = config.shortlist or config.topk or 0
+        per_head = (config.candidates or 0) + shortlisted * (vectors - 2) + (config.topk or 0) or 1
         compute_guess = (config.num_heads or 8) * per_head
     key_budget = ROUTER_SHARE * (compute if compute is not None else compute_guess)
     rank = int(key_budget * d_model / (d_model + routed + 1))
@@ -74,12 +76,15 @@ def plan_layer(
     low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
     num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
 
-    topk, candidates = config.topk, config.candidates
+    topk, shortlist, candidates = config.topk, config.shortlist, config.candidates
     if compute is not None:
-        share = CANDIDATES[vectors][0] if rerank else None
-        topk, candidates = _split(compute, routed, num_heads, share, vectors)
+        share = (CANDIDATES[vectors][0], SHORTLIST[0]) if rerank else None
+        topk, shortlist, candidates = _split(compute, routed, num_heads, share, vectors)
     assert topk is not None
-    candidates = candidates or topk
+    shortlist = shortlist or topk
+    candidates = candidates or shortlist
+    if shortlist > topk and not gated:
+        raise ConversionError(f"{path}: shortlist {shortlist} needs gated experts, and these are plain: leave it out")
     cells = routed if share_pool else math.ceil(routed / num_heads)
     if config.topk is not None and num_heads * candidates > routed * (num_heads if share_pool else 1):
         raise ConversionError(
@@ -97,6 +102,7 @@ def plan_layer(
         "grid": list(grid),
         "num_heads": num_heads,
         "topk": min(topk, cells) if not joint_topk else topk,
+        "shortlist": min(shortlist, cells) if not joint_topk else shortlist,
         "candidates": min(candidates, cells) if not joint_topk else candidates,
         "activation": activation,
         "gated": gated,
@@ -117,34 +123,48 @@ def plan_layer(
     }
 
 
-def splits(config: PeerConfig, plan: dict[str, Any]) -> list[tuple[int, int]]:
-    """The (topk, candidates) per head of equal compute that the calibration data may choose from, the plan's first."""
+def splits(config: PeerConfig, plan: dict[str, Any]) -> list[list[tuple[int, int, int]]]:
+    """The (topk, shortlist, candidates) per head of equal compute that the calibration data may choose from.
+
+    First those that differ in candidates, the plan's own at their head; then, for each of them, those that differ in
+    what is shortlisted of them.
+    """
     if config.active is None or plan["rerank"] is None:
-        return [(plan["topk"], plan["candidates"])]
+        return [[(plan["topk"], plan["shortlist"], plan["candidates"])]]
     vectors = 3 if plan["gated"] else 2
     compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"]
     routed = plan["num_experts"] - plan["num_shared"]
-    found = [_split(compute, routed, plan["num_heads"], share, vectors) for share in CANDIDATES[vectors]]
-    return list(dict.fromkeys(found))
+    found = [
+        dict.fromkeys(_split(compute, routed, plan["num_heads"], (share, ratio), vectors) for ratio in SHORTLIST)
+        for share in CANDIDATES[vectors]
+    ]
+    return [list(options) for options in found]
 
 
-def _split(compute: float, routed: int, num_heads: int, share: float | None, vectors: int) -> tuple[int, int]:
-    """topk and candidates per head that spend at most `compute`, and all of it where there are experts enough.
+def _split(
+    compute: float, routed: int, num_heads: int, shares: tuple[float, float] | None, vectors: int
+) -> tuple[int, int, int]:
+    """topk, shortlist and candidates per head that spend at most `compute`, and all of it where there are experts
+    enough.
 
-    `share` is that of candidates, per expert that `compute` pays for; None: without re-ranking.
+    `shares` are those of candidates, per expert that `compute` pays for, and of the shortlist, per expert added up;
+    None: without re-ranking.
     """
     everything = math.ceil(routed / num_heads)
     if compute >= vectors * routed:
-        return everything, everything
-    if share is None:
+        return everything, everything, everything
+    if shares is None:
         topk = max(1, int(compute / vectors / num_heads))
-        return topk, topk
-    wanted = min(routed, share * compute / vectors)
+        return topk, topk, topk
+    wanted = min(routed, shares[0] * compute / vectors)
     candidates = everything if wanted == routed else round(wanted / num_heads)
     candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
-    spent = min(num_heads * candidates, routed)
-    topk = int((compute - spent) / (vectors - 1) / num_heads)
-    return max(1, min(topk, candidates)), candidates
+    left = (compute - min(num_heads * candidates, routed)) / num_heads  # for all that comes after probing
+    if vectors == 2:
+        shortlist = topk = max(1, min(int(left), candidates))
+        return topk, shortlist, candidates
+    shortlist = max(1, min(round(left * shares[1] / (1 + shares[1])), int(left) - 1, candidates))
+    return max(1, min(int(left - shortlist), shortlist)), shortlist, candidates
 
 
 def _grid(

@@ -18,8 +18,9 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
     Returns:
         ``{"model", "layers": [...], "converted", "active_fraction", "router_fraction", "predicted_ratio", "seconds"}``.
         Each layer has ``{"path", "d_model", "d_ff", "sensitivity", "converted", "active", "router", "num_heads",
-        "topk", "candidates"}``: sensitivity k such that share a costs about k (1 - a)^3 nats per token, active and
-        router as shares of the dense layer's multiply-adds; the last three are None for a layer that stays dense.
+        "topk", "shortlist", "candidates"}``: sensitivity k such that share a costs about k (1 - a)^POWER nats per
+        token, active and router as shares of the dense layer's multiply-adds; the last four are None for a layer that
+        stays dense.
         The fractions are over all these layers. predicted_ratio is the perplexity over the dense model's.
 
     Raises:
@@ -41,7 +42,7 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
                 "converted": options is not None,
                 "active": active,
                 "router": router,
-                **{key: options and options[key] for key in ("num_heads", "topk", "candidates")},
+                **{key: options and options[key] for key in ("num_heads", "topk", "shortlist", "candidates")},
             }
         )
     return {

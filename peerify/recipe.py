@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -64,10 +65,14 @@ class PeerConfig(BaseModel):
     """Query heads h."""
 
     topk: int | None = Field(default=None, ge=1)
-    """Experts evaluated in full per head (k), instead of an active share."""
+    """Experts added up per head (k), instead of an active share."""
 
     candidates: int | None = Field(default=None, ge=1)
-    """Experts retrieved per head before re-ranking keeps the best topk of them."""
+    """Experts retrieved per head before re-ranking shortlists the best of them."""
+
+    shortlist: int | None = Field(default=None, ge=1)
+    """Candidates per head whose activation is evaluated, before the topk that contribute most are added up; by default
+    topk, where that is given. For gated experts."""
 
     num_experts: int | None = Field(default=None, ge=1)
     """Experts per layer; by default one per neuron of the dense layer."""
@@ -152,22 +157,26 @@ class PeerConfig(BaseModel):
             return "layers auto and allocation sensitivity choose active shares: give active or max_loss, not topk"
         if self.allocation == "uniform" and (self.layers == "auto" or self.max_loss is not None):
             return "layers auto and max_loss give each layer a share of its own: drop allocation uniform"
-        if self.candidates is not None and self.topk is None:
-            return "candidates needs topk beside it: how many of the candidates to keep"
+        for name in ("candidates", "shortlist"):
+            if getattr(self, name) is not None and self.topk is None:
+                return f"{name} needs topk beside it: how many of the {name} to keep"
         if self.active is not None and self.topk is not None:
             return "active and topk/candidates both set the compute: give one of them"
         if self.active is None and self.topk is None and self.max_loss is None:
             return "give active (a share such as 0.5) or topk"
-        if self.topk is None or self.candidates is None:
+        if self.topk is None:
             return None
-        if self.candidates < self.topk:
-            return f"candidates ({self.candidates}) must be at least topk ({self.topk})"
-        if self.rerank == "none" and self.candidates > self.topk:
-            return "candidates above topk are re-ranked, so rerank cannot be none"
+        sizes = {"topk": self.topk, "shortlist": self.shortlist, "candidates": self.candidates}
+        given = [(name, size) for name, size in sizes.items() if size is not None]
+        for (less, small), (more, large) in pairwise(given):
+            if large < small:
+                return f"{more} ({large}) must be at least {less} ({small})"
+        if self.rerank == "none" and given[-1][1] > self.topk:
+            return f"{given[-1][0]} above topk are re-ranked, so rerank cannot be none"
         return None
 
     def _pool_fault(self) -> str | None:
-        reranks = self.rerank in ("gate", "up") or (self.candidates or 0) > (self.topk or 0)
+        reranks = self.rerank in ("gate", "up") or (self.candidates or self.shortlist or 0) > (self.topk or 0)
         if self.gates == "softmax" and reranks:
             return (
                 "re-ranking does not go with softmax gates, which are normalised over what is retrieved: "
@@ -185,7 +194,7 @@ class PeerConfig(BaseModel):
             return f"a grid of {self.grid[0]} x {self.grid[1]} has no room for {self.num_experts} experts"
         if (self.num_shared or 0) > self.num_experts:
             return f"num_shared ({self.num_shared}) is above num_experts ({self.num_experts})"
-        wanted = (self.num_heads or 1) * (self.candidates or self.topk or 0)
+        wanted = (self.num_heads or 1) * (self.candidates or self.shortlist or self.topk or 0)
         if wanted > self.num_experts:
             return f"heads x top-k asks for {wanted} experts per token, there are {self.num_experts}"
         return None
@@ -193,7 +202,7 @@ class PeerConfig(BaseModel):
     def _preset_fault(self) -> str | None:
         if self.preset is None:
             return None
-        if self.candidates is not None and self.candidates != self.topk:
+        if (self.candidates or self.shortlist or self.topk) != self.topk:
             return "preset peer-paper evaluates what it retrieves: it takes no candidates"
         for name, value in self.PEER_PAPER.items():
             given = getattr(self, name)
@@ -333,7 +342,7 @@ class Recipe(BaseModel):
         origins = dict.fromkeys(values, str(path))
         spoken = parse_overrides(overrides) | {key: value for key, (_, value) in (flags or {}).items()}
         # What the command line says of the compute replaces what a recipe says of it in other words.
-        ways = [{"convert.active"}, {"convert.topk", "convert.candidates"}, {"convert.max_loss"}]
+        ways = [{"convert.active"}, {"convert.topk", "convert.shortlist", "convert.candidates"}, {"convert.max_loss"}]
         if any(way & spoken.keys() for way in ways):
             for way in ways:
                 if not way & spoken.keys():

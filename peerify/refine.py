@@ -53,6 +53,7 @@ def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, s
         return
     with torch.enable_grad():
         _train(layer, x_td, target_td, steps, seed)
+    layer.pool.update_norm()
     layer.zero_grad(set_to_none=True)
 
 
@@ -61,7 +62,8 @@ def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) 
     pool = layer.pool
     tables = [pool.u, pool.v, pool.gate, pool.u_bias, pool.gate_bias, layer.bias]
     learned = router.learned() + [(table, EXPERT_RATE * _spread(table)) for table in tables if table is not None]
-    optimizer = torch.optim.Adam([{"params": [tensor], "rate": rate} for tensor, rate in learned], betas=(0.9, 0.99))
+    groups = [{"params": [tensor], "rate": rate} for tensor, rate in learned]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     half = x_td.dtype == torch.float32 and _has_fast_bfloat16(x_td.device)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -87,29 +89,32 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     a_tn = pool._activate(u_tn, gate_tn)
     score_tn = router.scores(x_td)
     with torch.no_grad():
-        energy_tn = (a_tn[:, shared:] * pool.v[shared:].norm(dim=1)).square_()
-        energy_tn /= energy_tn.sum(1, keepdim=True).clamp_min(tiny)
-        level_t1 = threshold(score_tn, layer.candidates)
-        kept_tn = candidate_tn = score_tn >= level_t1
-    chosen_tn = SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
-    if router.log_scale_n is None or layer.topk == layer.candidates:
-        missed_tn = 1 - chosen_tn
-    else:
+        gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
+        total_t1 = size_tn.square().sum(1, keepdim=True).clamp_min(tiny)
+    level_t1 = threshold(score_tn, layer.candidates)
+    missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
+    kept_tn = candidate_tn = score_tn.detach() >= level_t1
+    if router.log_scale_n is not None and layer.shortlist < layer.candidates:
         with torch.no_grad():
             probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
-            size_tn = pool._size(probe_tn).clamp_min(1e-30).log()
-        worth_tn = size_tn + router.log_scale_n + router.slope * score_tn
+            probed_tn = pool._size(probe_tn).clamp_min(1e-30).log()
+        worth_tn = probed_tn + router.log_scale_n + router.slope * score_tn
         among_tn = lowered(worth_tn, ~candidate_tn)
-        least_t1 = threshold(among_tn, layer.topk)
+        least_t1 = threshold(among_tn, layer.shortlist)
         kept_tn = among_tn.detach() >= least_t1
-        # Being a candidate pays for those that re-ranking would keep; being kept, for those that are candidates.
-        missed_tn = (1 - chosen_tn) * (worth_tn.detach() >= least_t1)
-        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.topk, least_t1, TEMPERATURE)) * candidate_tn
+        # Being a candidate pays for those that would be shortlisted; being shortlisted, for those that are candidates.
+        missed_tn = missed_tn * (worth_tn.detach() >= least_t1)
+        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, TEMPERATURE)) * candidate_tn
+    if layer.topk < layer.shortlist:
+        # Of the shortlisted, those that contribute most are added up: what is not among them is not missed.
+        last_t1 = threshold(size_tn * kept_tn, layer.topk)
+        gain_tn = size_tn * (size_tn >= last_t1)
+        kept_tn = kept_tn & (size_tn >= last_t1)
     weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
     y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
     error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
     error_t = error_t / target_td.square().sum(1).clamp_min(tiny)
-    return (missed_tn * energy_tn).sum(1).mean() + error_t.mean()
+    return (missed_tn * (gain_tn.square() / total_t1)).sum(1).mean() + error_t.mean()
 
 
 class _Router:

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peerify.masks import cell_scores, selected
+from peerify.masks import activations, project
 from peerify.modeling_peer import PEER
 
 CHUNK_ELEMENTS = 4_000_000  # of the (tokens, n) activations computed at a time
@@ -38,26 +37,19 @@ def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) ->
     chunks = x_td.split(max(1, CHUNK_ELEMENTS // layer.num_experts))
     kept = [_activations(layer, x) for x in chunks] if len(x_td) * layer.num_experts <= KEPT_ELEMENTS else None
 
-    def activations() -> Iterator[Tensor]:
+    def all_activations() -> Iterator[Tensor]:
         yield from kept if kept is not None else (_activations(layer, x) for x in chunks)
 
     bias = 0.0 if layer.bias is None else layer.bias
     if refit and layer.num_experts <= LARGEST_GRAM:
-        _ridge(layer, activations(), target_td - bias)
-    return torch.cat([a_tn @ layer.pool.v for a_tn in activations()]) + bias
+        _ridge(layer, all_activations(), target_td - bias)
+    return torch.cat([a_tn @ layer.pool.v for a_tn in all_activations()]) + bias
 
 
 def _activations(layer: PEER, x_td: Tensor) -> Tensor:
-    """`layer.activations`, with unit gates by masks, in less than half of the time."""
-    if layer.gates != "unit" or layer.candidates >= layer.num_experts - layer.num_shared:
+    if layer.gates != "unit":
         return layer.activations(x_td)
-    pool, shared = layer.pool, layer.num_shared
-    u_tn = F.linear(x_td, pool.u, pool.u_bias)
-    gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
-    _, found_tn, worth_tn = selected(layer, cell_scores(layer.keys, *layer.keys.sub_scores(x_td)), u_tn, gate_tn)
-    a_tn = pool._activate(u_tn, gate_tn)
-    a_tn[:, shared:] *= found_tn & worth_tn
-    return a_tn
+    return activations(layer, project(layer, x_td))
 
 
 def _ridge(layer: PEER, activations: Iterator[Tensor], target_td: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerify.masks import cell_scores, selected, threshold
+from peerify.masks import project, selected, threshold
 from peerify.modeling_peer import PEER
 from peerify.refit import _activations
 
@@ -34,6 +34,7 @@ def test_masks_take_what_the_layer_takes(data: st.DataObject, seed: int) -> None
     spare = data.draw(st.integers(0, columns - 1)) if rows > 1 else 0
     shared = data.draw(st.integers(0, 3))
     topk = data.draw(st.integers(1, rows * columns))
+    shortlist = data.draw(st.integers(topk, rows * columns))
     query_dim = data.draw(st.sampled_from([None, 6]))
     layer = PEER(
         10,
@@ -41,7 +42,8 @@ def test_masks_take_what_the_layer_takes(data: st.DataObject, seed: int) -> None
         (rows, columns),
         heads,
         topk,
-        candidates=data.draw(st.integers(topk, rows * columns)) if rerank else None,
+        shortlist=shortlist if rerank and gated else None,
+        candidates=data.draw(st.integers(shortlist, rows * columns)) if rerank else None,
         activation="silu",
         gated=gated,
         num_shared=shared,
@@ -53,10 +55,12 @@ def test_masks_take_what_the_layer_takes(data: st.DataObject, seed: int) -> None
         key_bias=data.draw(st.booleans()),
         rerank=rerank,
     )
+    if layer.pool.rerank_norm is not None:
+        layer.pool.rerank_norm.data.copy_(torch.rand(layer.num_experts))
+    if layer.pool.rerank_slope is not None:
+        layer.pool.rerank_slope.data.fill_(0.7)
     x_td = torch.randn(data.draw(st.integers(1, 9)), 10)
     torch.testing.assert_close(_activations(layer, x_td), layer.activations(x_td))
-    u_tn = x_td @ layer.pool.u.T
-    gate_tn = None if layer.pool.gate is None else x_td @ layer.pool.gate.T
     if layer.candidates < layer.num_experts - shared:
-        _, found_tn, kept_tn = selected(layer, cell_scores(layer.keys, *layer.keys.sub_scores(x_td)), u_tn, gate_tn)
+        _, found_tn, kept_tn = selected(layer, project(layer, x_td))
         assert torch.equal(found_tn & kept_tn, layer.active_experts(x_td)[:, shared:])

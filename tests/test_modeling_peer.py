@@ -28,7 +28,9 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         if tensor.is_floating_point():
             value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             # variances and what a probe is worth are positive; norm weights may be anything
-            tensor.data.copy_(value.abs() + 0.1 if name.endswith(("running_var", "rerank_scale")) else value)
+            tensor.data.copy_(
+                value.abs() + 0.1 if name.endswith(("running_var", "rerank_scale", "rerank_norm")) else value
+            )
 
 
 def make(seed: int = 0, **options: Any) -> PEER:
@@ -86,7 +88,8 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
     pool, shared, gates = layer.pool, options["num_shared"], options["gates"]
     routed = options["num_experts"] - shared
     heads, topk = options["num_heads"], options["topk"]
-    candidates = options["candidates"] or topk
+    shortlist = options.get("shortlist") or topk
+    candidates = options["candidates"] or shortlist
     score_hn = score_of_every_cell(layer.keys, x_d)
 
     weight: dict[int, float] = {}
@@ -128,7 +131,15 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
             prior = math.exp(float(pool.rerank_slope) * score[i]) if score else 1.0
             return float(abs(factor) * pool.rerank_scale[expert] * weight[i]) * prior
 
-        weight = {i: weight[i] for i in sorted(weight, key=size, reverse=True)[: heads * topk]}
+        weight = {i: weight[i] for i in sorted(weight, key=size, reverse=True)[: heads * shortlist]}
+
+    if shortlist > topk:
+
+        def contribution(i: int) -> float:
+            expert = i + shared
+            return float(abs(act(gate(expert)) * u(expert) * weight[i]) * pool.rerank_norm[expert])
+
+        weight = {i: weight[i] for i in sorted(weight, key=contribution, reverse=True)[: heads * topk]}
 
     a_n = torch.zeros(options["num_experts"], dtype=x_d.dtype)
     active_n = torch.zeros(options["num_experts"], dtype=torch.bool)
@@ -253,8 +264,18 @@ def combinations() -> list[dict[str, Any]]:
     ):
         if (rerank == "gate" and not gated) or (query[1] and not pool[0]):
             continue
-        for topk, candidates in [(2, None), (2, 4), (5, None), (2, 12)]:
-            if candidates and (rerank is None or gates == "softmax"):
+        for topk, shortlist, candidates in [
+            (2, None, None),
+            (2, None, 4),
+            (5, None, None),
+            (2, None, 12),
+            (2, 3, 4),
+            (2, 4, None),
+            (2, 5, 12),
+        ]:
+            if (candidates or shortlist) and (rerank is None or gates == "softmax"):
+                continue
+            if shortlist and not gated:
                 continue
             cases.append(
                 {
@@ -264,6 +285,7 @@ def combinations() -> list[dict[str, Any]]:
                     "num_heads": pool[2],
                     "topk": topk,
                     "candidates": candidates,
+                    "shortlist": shortlist,
                     "activation": "silu" if gated else "gelu",
                     "gated": gated,
                     "expert_bias": bias[0],
@@ -304,7 +326,7 @@ def test_every_combination_is_the_formula(gates: str, seed: int) -> None:
             assert torch.equal(layer.active_experts(x_td) & (a_tn != 0), active_tn & (a_tn != 0)), about
             found = layer._retrieve(x_td)
             if found is not None:
-                gathered = layer.pool._gathered(x_td, found, layer.topk) + bias
+                gathered = layer.pool._gathered(x_td, found, layer.shortlist, layer.topk) + bias
                 assert torch.allclose(gathered, y_td, rtol=1e-9, atol=1e-9), about
         # No more experts than the compute that active_fraction reports, and never fewer than the shared ones.
         active = active_tn.sum(1)
@@ -346,6 +368,7 @@ GRADIENT_CASES: list[dict[str, Any]] = [
     {"gates": "softmax", "query_dim": 4, "query_norm": True, "output_bias": True},
     {"gates": "sigmoid", "gated": True, "expert_bias": True, "gate_bias": True, "share_keys": False, "key_bias": True},
     {"gates": "sigmoid", "query_dim": 4, "gated": True, "candidates": 3, "rerank": "gate"},
+    {"gates": "sigmoid", "query_dim": 4, "gated": True, "shortlist": 3, "candidates": 4, "rerank": "up"},
     {"gates": "unit", "gated": True, "num_shared": 1, "num_experts": 10, "share_keys": False, "key_bias": True},
     {"gates": "unit", "candidates": 3, "rerank": "up", "share_pool": False, "joint_topk": True, "num_experts": 17}
     | {"share_keys": False},
@@ -370,7 +393,7 @@ def test_gradients_are_finite_differences(case: dict[str, Any], gather: bool, tr
         y_td = torch.func.functional_call(
             _Method(layer.pool, "_gathered"),
             _below({name[5:]: value for name, value in parts.items() if name.startswith("pool.")}),
-            (x_td, retrieved, layer.topk),
+            (x_td, retrieved, layer.shortlist, layer.topk),
         )
         return y_td if layer.bias is None else y_td + parts["bias"]
 
@@ -418,7 +441,7 @@ def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
     with torch.no_grad():
         half_td = half(x_td)
         # Rounding may change what is retrieved, never what is then computed of it.
-        weight_tn = half.pool.weights(x_td, half._retrieve(x_td), half.topk).double()
+        weight_tn = half.pool.weights(x_td, half._retrieve(x_td), half.shortlist, half.topk).double()
         pool, x_td = layer.pool, x_td.double()
         assert pool.gate is not None
         a_tn = pool.act(F.linear(x_td, pool.gate, pool.gate_bias)) * F.linear(x_td, pool.u, pool.u_bias)
@@ -477,7 +500,9 @@ def test_everything_retrieved_is_the_dense_layer(
         assert routed is not None
         torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         bias = 0 if layer.bias is None else layer.bias
-        torch.testing.assert_close(pool._gathered(x_td, routed, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            pool._gathered(x_td, routed, layer.shortlist, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_duplicates_count_once_with_unit_gates(seed: int) -> None:
@@ -522,6 +547,24 @@ def test_duplicates_count_once_with_unit_gates(seed: int) -> None:
             2 * 12 / 64,
         ),
         ({"num_heads": 1, "topk": 32, "gates": "unit"}, 1.0, 0.0),
+        (
+            {"num_heads": 1, "topk": 8, "candidates": 32, "gated": True, "gates": "unit", "rerank": "up"},
+            (8 * 2 + 32) / 96,
+            0.0,
+        ),
+        (
+            {
+                "num_heads": 1,
+                "topk": 6,
+                "shortlist": 9,
+                "candidates": 20,
+                "rerank": "up",
+                "gates": "unit",
+                "gated": True,
+            },
+            (20 + 9 + 6) / 96,
+            12 * 10 / 960,
+        ),
         ({"num_heads": 1, "topk": 32, "gates": "softmax"}, 1.0, 12 / 64),
     ],
 )
@@ -539,6 +582,10 @@ def test_compute_by_hand(options: dict[str, Any], active: float, router: float) 
         ({"candidates": 1}, "candidates"),
         ({"candidates": 3}, "rerank"),
         ({"candidates": 3, "rerank": "up", "gates": "softmax"}, "softmax"),
+        ({"shortlist": 1}, "shortlist"),
+        ({"shortlist": 4, "candidates": 3, "rerank": "up", "gated": True}, "shortlist"),
+        ({"shortlist": 3, "gated": True}, "rerank"),
+        ({"shortlist": 3, "rerank": "up", "gates": "unit"}, "gated"),
         ({"rerank": "gate"}, "rerank"),
         ({"rerank": "down"}, "rerank"),
         ({"joint_topk": True}, "joint_topk"),

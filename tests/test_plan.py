@@ -61,10 +61,12 @@ def test_direct_numbers_are_kept(
 ) -> None:
     """heads, topk and candidates as given make a layer, whatever the number of experts, or a clear refusal."""
     topk = data.draw(st.integers(1, 20))
-    candidates = data.draw(st.none() | st.integers(topk, 40))
+    shortlist = data.draw(st.none() | st.integers(topk, 30))
+    candidates = data.draw(st.none() | st.integers(shortlist or topk, 40))
     try:
         config = PeerConfig(
-            num_experts=num_experts, num_heads=heads, topk=topk, candidates=candidates, share_pool=share_pool,
+            num_experts=num_experts, num_heads=heads, topk=topk, shortlist=shortlist,
+            candidates=candidates, share_pool=share_pool,
             num_shared=shared,
         )  # fmt: skip
     except ValueError:
@@ -77,7 +79,8 @@ def test_direct_numbers_are_kept(
     assert layer.num_experts == num_experts
     assert heads is None or layer.num_heads == heads
     routed = num_experts - shared
-    assert layer.candidates == min(routed, layer.num_heads * (candidates or topk))
+    assert layer.candidates == min(routed, layer.num_heads * (candidates or shortlist or topk))
+    assert layer.shortlist == min(routed, layer.num_heads * (shortlist or topk))
     assert layer.topk == min(routed, layer.num_heads * topk)
     cells = layer.keys.grid[0] * layer.keys.grid[1]
     assert layer.num_shared == shared
@@ -114,7 +117,8 @@ def test_options_reach_the_layer() -> None:
     )  # fmt: skip
     kwargs = plan(config, expert_bias=True, gate_bias=False, output_bias=True)
     expected = {
-        "d_model": 96, "num_experts": 260, "grid": [10, 13], "num_heads": 2, "topk": 3, "candidates": 3,
+        "d_model": 96, "num_experts": 260, "grid": [10, 13], "num_heads": 2, "topk": 3,
+            "shortlist": 3, "candidates": 3,
         "activation": "silu", "gated": True, "expert_bias": True, "gate_bias": False, "output_bias": True,
         "num_shared": 0, "share_pool": False, "share_keys": False, "joint_topk": False, "gates": "sigmoid",
         "query_dim": 10, "share_query": False, "query_norm": True, "key_bias": False, "rerank": None, "d_ff": 256,
@@ -137,6 +141,7 @@ def test_preset() -> None:
         ({"num_shared": 200}, {}, "raise active or lower num_shared"),
         ({"active": 0.003}, {}, "raise active"),
         ({"rerank": "gate"}, {"gated": False}, "rerank 'gate' needs gated experts"),
+        ({"topk": 3, "shortlist": 4}, {"gated": False}, "shortlist 4 needs gated experts"),
         ({"num_heads": 8, "topk": 33}, {}, "8 heads x 33"),
         ({"num_heads": 8, "topk": 1, "candidates": 33}, {}, "8 heads x 33"),
         ({"topk": 257, "share_pool": True}, {}, "heads x 257"),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.masks import cell_scores, selected
+from peerify.masks import Projected, cell_scores, selected
 
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
@@ -110,19 +110,19 @@ class Router:
         pool, shared, temperature = layer.pool, layer.num_shared, self.temperature
         u_tn = F.linear(x_td, pool.u, pool.u_bias)
         gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
+        a_tn = pool._activate(u_tn, gate_tn)
         # Running statistics of a query norm are of all tokens, and taken once.
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
         with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
             scores = layer.keys.sub_scores(x_td)
             score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
-            level, found_tn, worth_tn = selected(layer, score_thn, u_tn, gate_tn)
+            level, found_tn, kept_tn = selected(layer, Projected(score_thn, u_tn, gate_tn, a_tn))
             if self.recording:
                 self._record(path, layer, scores, None, found_tn)
-            weight_tn = (found_tn & worth_tn).to(u_tn.dtype)
+            weight_tn = (found_tn & kept_tn).to(u_tn.dtype)
             if shared:
                 weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
-        a_tn = pool._activate(u_tn, gate_tn)
         if temperature is None:
             a_tn = a_tn * weight_tn
         else:
@@ -138,7 +138,7 @@ class Router:
             centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
             spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
             width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
-            a_tn = _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, worth_tn[taught], taught)
+            a_tn = _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_tn[taught], taught)
         y_td = a_tn @ pool.v
         return y_td if layer.bias is None else y_td + layer.bias
 
