@@ -5,6 +5,7 @@ Suffixes: t tokens, d d_model, f neurons of the dense layer, n experts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from peerify.dense import FeedForward
 from peerify.feedforward import Site
 from peerify.masks import activations, project
 from peerify.modeling_peer import PEER
-from peerify.plan import plan_layer, splits
+from peerify.plan import RERANK_RANK, plan_layer, splits
 from peerify.recipe import PeerConfig
 from peerify.refine import refine
 from peerify.refit import fit_outputs, relative_error
-from peerify.router import RouterFit, fill_keys, fit_router, points
+from peerify.router import RouterFit, fill_keys, fit_router, points, truncate
 
 # A neuron with a peak above this (RouterFit.peak_f) is always on: models keep a few whose rare, huge values hold up all
 # of their attention, and a router that misses one of them once spoils a whole window. They are less than 1 %.
@@ -181,4 +182,7 @@ def _choose(
     options = [(probe, other) for budgets in splits if budgets[0] == budget for other in budgets]
     probe, budget = min(options, key=error) if len(options) > 1 else options[0]
     use(probe, budget)
-    return {"rerank": probe} | dict(zip(("topk", "shortlist", "candidates"), budget, strict=True))
+    chosen: dict[str, Any] = {"rerank": probe} | dict(zip(("topk", "shortlist", "candidates"), budget, strict=True))
+    if layer.keys.share_query and layer.candidates >= layer.keys.num_keys:
+        chosen["query_dim"] = truncate(layer.keys, fit, math.ceil(RERANK_RANK * layer.d_model))
+    return chosen

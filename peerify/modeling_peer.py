@@ -554,7 +554,7 @@ class PEER(nn.Module):
 
     def _retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
         """Candidates of each token; None: all experts, each with weight 1."""
-        if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
+        if self.router_fraction == 0:
             return None
         index_thc, score_thc = self.keys(x_td, self._per_head, self.joint_topk)
         found_thc = score_thc > -math.inf
@@ -597,8 +597,10 @@ class PEER(nn.Module):
 
     @property
     def router_fraction(self) -> float:
-        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to retrieve."""
-        if self.gates == "unit" and self.candidates >= self.num_experts - self.num_shared:
+        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to choose."""
+        routed, one_score = self.num_experts - self.num_shared, not self.share_pool or self.num_heads == 1
+        # Where all are candidates, scores still have a say in re-ranking, if an expert has just one.
+        if self.gates == "unit" and routed <= (self.topk if one_score else self.candidates):
             return 0.0
         rows, columns = self.keys.grid
         query = 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()

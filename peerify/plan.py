@@ -19,6 +19,8 @@ SMALLEST_GRID = 48
 # Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
 # fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
 CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
+# Candidates above this share of the experts: then all of them. Scores that only help to re-rank need less rank.
+NEARLY_ALL, RERANK_RANK = 0.9, 1 / 9  # of d_model
 SHORTLIST = (1.3, 1.15, 1.5)  # shortlisted gated experts for each that is added up, likewise
 
 
@@ -157,7 +159,7 @@ def _split(
         topk = max(1, int(compute / vectors / num_heads))
         return topk, topk, topk
     wanted = min(routed, shares[0] * compute / vectors)
-    candidates = everything if wanted == routed else round(wanted / num_heads)
+    candidates = everything if wanted > NEARLY_ALL * routed else round(wanted / num_heads)
     candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
     left = (compute - min(num_heads * candidates, routed)) / num_heads  # for all that comes after probing
     if vectors == 2:

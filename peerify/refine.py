@@ -26,7 +26,7 @@ BATCH = 512  # tokens
 PASSES = 2  # over the calibration text, unless the number of steps is given
 RATE = 6e-3  # of Adam, for biases in units of the spread of the scores, for queries in that of their elements
 KEY_RATE = 0.15  # for sub-keys, in units of the spread of their elements
-EXPERT_RATE = 0.02  # for the experts' vectors, likewise
+EXPERT_RATE = 0.01  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
 TEMPERATURE = 0.3  # in units of the spread of the scores
 SLOPE = 0.3  # of the score in the re-ranking, to start from
@@ -46,7 +46,7 @@ def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, s
     """
     routed = layer.num_experts - layer.num_shared
     one_choice = not layer.share_pool and (layer.joint_topk or layer.num_heads == 1)
-    if not one_choice or layer.gates != "unit" or layer.keys.query_norm is not None or layer.candidates >= routed:
+    if not one_choice or layer.gates != "unit" or layer.keys.query_norm is not None or layer.topk >= routed:
         return
     steps = max(1, PASSES * len(x_td) // BATCH) if steps is None else steps
     if steps == 0:
@@ -91,9 +91,12 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     with torch.no_grad():
         gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
         total_t1 = size_tn.square().sum(1, keepdim=True).clamp_min(tiny)
-    level_t1 = threshold(score_tn, layer.candidates)
-    missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
-    kept_tn = candidate_tn = score_tn.detach() >= level_t1
+    candidate_tn, missed_tn = torch.ones_like(score_tn, dtype=torch.bool), torch.zeros_like(score_tn)
+    if layer.candidates < score_tn.shape[1]:  # else scores only help to re-rank
+        level_t1 = threshold(score_tn, layer.candidates)
+        candidate_tn = score_tn.detach() >= level_t1
+        missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
+    kept_tn = candidate_tn
     if router.log_scale_n is not None and layer.shortlist < layer.candidates:
         with torch.no_grad():
             probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peerify.clustering import two_way
 from peerify.dense import FeedForward
@@ -150,6 +150,18 @@ def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor) -> Tensor:
     keys.query_proj.weight.data.copy_(query_rd)
     keys.sub_keys.data.copy_(key_hmr)
     return key_hmr @ query_rd
+
+
+def truncate(keys: ProductKeys, fit: RouterFit, rank: int) -> int:
+    """Shorten a query made by `_low_rank`, whose coordinates are the most important first; returns its new length."""
+    query, dropped = keys.query_proj, slice(rank, None)
+    assert query is not None
+    if keys.sub_key_bias is not None:  # takes over what the rest says of the mean input
+        keys.sub_key_bias.data += keys.sub_keys.data[..., dropped] @ (query.weight.data[dropped] @ fit.mean_d)
+    keys.sub_keys = nn.Parameter(keys.sub_keys.data[..., :rank].clone())
+    query.weight = nn.Parameter(query.weight.data[:rank].clone())
+    query.out_features = len(query.weight)
+    return query.out_features
 
 
 def _project_queries(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor, at_mean_hm: Tensor) -> Tensor:

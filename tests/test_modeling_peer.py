@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -96,6 +97,8 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
     score: dict[int, float] = {}
     if gates == "unit" and heads * candidates >= routed:  # the budget covers all experts
         weight = dict.fromkeys(range(routed), 1.0)
+        if heads == 1 or not options["share_pool"]:
+            score = dict(enumerate(score_hn.amax(0)[:routed].tolist()))
     else:
         if options["joint_topk"]:
             retrieved = [best(score_hn.amax(0), heads * candidates)]
@@ -495,10 +498,10 @@ def test_everything_retrieved_is_the_dense_layer(
         dense = F.linear(hidden, pool.v.T, layer.bias)
         torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         assert layer.active_experts(x_td).all()
-        layer.candidates -= 1  # no shortcut: each head goes through its product keys
-        routed = layer._retrieve(x_td)
-        assert routed is not None
-        torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
+        with patch.object(PEER, "router_fraction", 1.0):  # no shortcut: each head goes through its product keys
+            routed = layer._retrieve(x_td)
+            assert routed is not None
+            torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         bias = 0 if layer.bias is None else layer.bias
         torch.testing.assert_close(
             pool._gathered(x_td, routed, layer.shortlist, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10
@@ -550,7 +553,13 @@ def test_duplicates_count_once_with_unit_gates(seed: int) -> None:
         (
             {"num_heads": 1, "topk": 8, "candidates": 32, "gated": True, "gates": "unit", "rerank": "up"},
             (8 * 2 + 32) / 96,
-            0.0,
+            12 * 10 / 960,  # all are candidates: scores have a say in which of them are kept,
+        ),
+        (
+            {"num_heads": 2, "topk": 8, "candidates": 16, "gated": True, "gates": "unit", "rerank": "up"}
+            | {"share_keys": False},
+            (16 * 2 + 32) / 96,
+            0.0,  # unless an expert has several
         ),
         (
             {

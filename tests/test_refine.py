@@ -100,9 +100,10 @@ def missed(layer: PEER, x_td: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("rerank", "candidates"), [("up", 40), (None, 24)])
+@pytest.mark.parametrize(("rerank", "candidates"), [("up", 40), ("up", 96), (None, 24)])
 def test_less_is_missed_afterwards(form: dict[str, Any], rerank: str | None, candidates: int) -> None:
-    """On tokens that it was not trained on, from keys that know nothing."""
+    """On tokens that it was not trained on, from keys that know nothing; also where all are candidates, and scores only
+    help to re-rank them."""
     layer = layer_of(rerank=rerank, shared=2, **form)
     shortlist = 32 if rerank else 24
     layer.set_budget(24 // layer.num_heads, shortlist // layer.num_heads, candidates // layer.num_heads)

@@ -12,7 +12,7 @@ from peerify import router
 from peerify.clustering import arrange, two_way
 from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
-from peerify.router import RouterFit, fill_keys, fit_router, points
+from peerify.router import RouterFit, fill_keys, fit_router, points, truncate
 
 
 def feedforward(
@@ -202,3 +202,15 @@ def test_short_queries_are_the_best_of_their_rank() -> None:
     assert losses == sorted(losses, reverse=True)
     assert losses[0] < 1
     assert losses[-1] < 1e-12
+
+
+def test_a_truncated_query_is_the_one_of_that_rank() -> None:
+    fit, x_td = random_fit()
+    options = {"share_pool": False, "share_keys": False, "query_norm": False, "key_bias": True, "share_query": True}
+    long, short = (keys_like(60, (1, 60), 1, query_dim=rank, **options) for rank in (8, 3))
+    for keys in (long, short):
+        fill_keys(keys, fit, torch.arange(60), torch.ones(1, 60))
+    assert truncate(long, fit, 3) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(long.sub_scores(x_td)[1], short.sub_scores(x_td)[1], rtol=1e-6, atol=1e-8)
+    assert truncate(short, fit, 5) == 3

@@ -112,6 +112,8 @@ class Router:
         gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
         a_tn = pool._activate(u_tn, gate_tn)
         # Running statistics of a query norm are of all tokens, and taken once.
+        if layer.candidates >= layer.num_experts - shared:
+            temperature = None  # all are candidates, whatever their scores
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
         with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
             scores = layer.keys.sub_scores(x_td)
