@@ -19,10 +19,10 @@ import time
 import torch
 
 from peerify.clustering import arrange
+from peerify.config import PeerConfig
 from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
 from peerify.plan import plan_layer
-from peerify.recipe import PeerConfig
 from peerify.router import fill_keys, fit_router, points
 
 

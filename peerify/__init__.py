@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "PEER": "peerify.modeling_peer",
     "CalibrationConfig": "peerify.recipe",
-    "PeerConfig": "peerify.recipe",
+    "PeerConfig": "peerify.config",
     "PeerifyError": "peerify.errors",
     "Recipe": "peerify.recipe",
     "convert": "peerify.conversion",

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from peerify.allocation import KEEP_DENSE, LEAST, plan_shares, planned_fractions, predicted_loss, sensitivities
 from peerify.calibration import Batch, SiteData, token_batches, walk
+from peerify.config import PeerConfig
 from peerify.dense import read_feedforward, replace
 from peerify.errors import ConversionError
 from peerify.feedforward import Site, calibrated_feedforwards, select_sites
 from peerify.layer import convert_layer, plan_for
 from peerify.modeling_peer import FORMAT, PEER, adopt
-from peerify.recipe import PeerConfig
 
 PROBE_ACTIVE = 0.5  # at which sensitivities are measured where no active share below 1 is given
 

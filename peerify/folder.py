@@ -18,12 +18,13 @@ from torch import Tensor
 import peerify
 from peerify.card import write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense
+from peerify.config import PeerConfig
 from peerify.conversion import Conversion, Progress, convert
 from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError
 from peerify.output import MARKER
 from peerify.provenance import provenance
-from peerify.recipe import PeerConfig, Recipe
+from peerify.recipe import Recipe
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from peerify.allocation import planned_fractions
 from peerify.checkpoint import load_skeleton
+from peerify.config import PeerConfig
 from peerify.errors import ConversionError, UsageError
 from peerify.feedforward import Site, survey
 from peerify.plan import plan_layer
-from peerify.recipe import PeerConfig
 
 Progress = Callable[[str, int, int], None]
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from peerify.calibration import SiteData
 from peerify.clustering import arrange
+from peerify.config import PeerConfig
 from peerify.dense import FeedForward
 from peerify.feedforward import Site
 from peerify.masks import activations, project
 from peerify.modeling_peer import PEER
 from peerify.plan import RERANK_RANK, plan_layer, splits
-from peerify.recipe import PeerConfig
 from peerify.refine import refine
 from peerify.refit import fit_outputs, relative_error
 from peerify.router import RouterFit, fill_keys, fit_router, points, truncate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from peerify.config import PeerConfig
 from peerify.errors import ConversionError
-from peerify.recipe import PeerConfig
 
 # Multiply-adds of queries and sub-keys as a share of those of the experts they retrieve: retrieval stays cheap. Whole
 # experts round the compute that is really spent down, and a quarter shall not be passed.

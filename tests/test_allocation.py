@@ -21,11 +21,11 @@ from peerify.allocation import (
     predicted_loss,
     sensitivities,
 )
+from peerify.config import PeerConfig
 from peerify.conversion import convert, plan_conversion
 from peerify.dense import read_feedforward
 from peerify.errors import ConversionError
 from peerify.feedforward import find_feedforwards
-from peerify.recipe import PeerConfig
 
 LAYERS = st.lists(st.tuples(st.floats(1e-4, 1e2), st.floats(1, 1e4)), min_size=1, max_size=8)
 

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 import peerify.modeling_peer as modeling
 from peerify import calibration
+from peerify.config import PeerConfig
 from peerify.conversion import Conversion, convert
 from peerify.dense import FeedForward
 from peerify.errors import ConversionError
 from peerify.folder import convert_checkpoint
 from peerify.layer import convert_layer
 from peerify.modeling_peer import PEER
-from peerify.recipe import CalibrationConfig, PeerConfig, Recipe
+from peerify.recipe import CalibrationConfig, Recipe
 
 
 def data_for(model: PreTrainedModel) -> Tensor | list[dict[str, Tensor]]:

@@ -21,10 +21,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peerify.config import PeerConfig
 from peerify.conversion import convert
 from peerify.errors import UsageError
 from peerify.modeling_peer import PEER
-from peerify.recipe import PeerConfig, Recipe
+from peerify.recipe import Recipe
 
 DECODERS = ("llama", "qwen3", "gpt2", "gpt_neox", "opt")
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from peerify.config import PeerConfig
 from peerify.modeling_peer import PEER, ProductKeys
 from peerify.plan import plan_layer
-from peerify.recipe import PeerConfig
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "linear": lambda x: x}
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerify.config import PeerConfig
 from peerify.errors import ConversionError
 from peerify.modeling_peer import PEER
 from peerify.plan import plan_layer
-from peerify.recipe import PeerConfig
 
 
 def plan(config: PeerConfig, **changes: Any) -> dict[str, Any]:

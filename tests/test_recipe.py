@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from peerify.config import PeerConfig
 from peerify.errors import UsageError
-from peerify.recipe import CalibrationConfig, PeerConfig, Recipe, describe, valid_keys
+from peerify.recipe import CalibrationConfig, Recipe, describe, valid_keys
 
 NAMES = ["model=a", "output=b"]
 

@@ -16,8 +16,8 @@ from checkpoints import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCAB, inputs_for, logits
 
+from peerify.config import PeerConfig
 from peerify.conversion import convert
-from peerify.recipe import PeerConfig
 
 # Runs before anything else in the other process: peerify cannot be imported there, wherever it is installed.
 BLOCK = """

@@ -50,7 +50,7 @@ would take; and the paper's own layer, experts random as well, as one gets it wh
 
 METHODS = [*BASELINES, *RANDOM, *VARIANTS]
 
-ELSEWHERE = {"errors", "recipe", "feedforward", "dataflow", "formula", "replay"}
+ELSEWHERE = {"errors", "config", "recipe", "feedforward", "dataflow", "formula", "replay"}
 
 
 @dataclass(frozen=True, kw_only=True)

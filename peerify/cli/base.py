@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from peerify import __version__
+from peerify.config import PeerConfig
 from peerify.errors import PeerifyError, UsageError
 from peerify.hub_calls import redact
-from peerify.recipe import CalibrationConfig, PeerConfig, Recipe, describe
+from peerify.recipe import CalibrationConfig, Recipe, describe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

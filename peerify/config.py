@@ -1,0 +1,205 @@
+"""What a conversion makes: the options of the layers, checked against each other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+RULES = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    coerce_numbers_to_str=True,  # YAML reads `layers: 4` and `revision: 1234567` as integers
+    allow_inf_nan=False,
+)
+
+
+class PeerConfig(BaseModel):
+    """What the converted layers look like. ``None`` means: chosen per layer from its shape."""
+
+    model_config = RULES
+
+    PEER_PAPER: ClassVar[dict[str, Any]] = {
+        "gates": "softmax",
+        "joint_topk": False,
+        "share_pool": True,
+        "share_keys": True,
+        "share_query": False,
+        "query_norm": True,
+        "rerank": "none",
+        "num_shared": 0,
+    }
+
+    layers: str = Field(default="all", min_length=1)
+    """Which feed-forward layers to convert: all, auto (with active or max_loss as the target: leaves dense what would
+    have to stay nearly whole), middle, first-last, indices (0,4,9 or 12-18), path globs."""
+
+    active: float | None = Field(default=0.5, gt=0, le=1)
+    """Share of the dense layers' compute spent on experts per token, over all layers; not together with topk or
+    max_loss."""
+
+    allocation: Literal["uniform", "sensitivity"] = "sensitivity"
+    """Active share of each layer: uniform, the same for all, or by sensitivity, more where errors cost more, at the
+    same total; measuring that takes time, as much for little calibration text as for a lot."""
+
+    max_loss: float | None = Field(default=None, gt=1)
+    """Instead of active: ratio of perplexities that conversion may cost as predicted from each layer's sensitivity,
+    such as 1.1; the least compute that keeps it is found."""
+
+    preset: Literal["peer-paper"] | None = None
+    """peer-paper: the PEER paper's own layer (Algorithm 1: shared keys, softmax gates, query batch norm)."""
+
+    num_heads: int | None = Field(default=None, ge=1)
+    """Query heads h."""
+
+    topk: int | None = Field(default=None, ge=1)
+    """Experts added up per head (k), instead of an active share."""
+
+    candidates: int | None = Field(default=None, ge=1)
+    """Experts retrieved per head before re-ranking shortlists the best of them."""
+
+    shortlist: int | None = Field(default=None, ge=1)
+    """Candidates per head whose activation is evaluated, before the topk that contribute most are added up; by default
+    topk, where that is given. For gated experts."""
+
+    num_experts: int | None = Field(default=None, ge=1)
+    """Experts per layer; by default one per neuron of the dense layer."""
+
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the product-key grid."""
+
+    gates: Literal["unit", "softmax", "sigmoid"] | None = None
+    """Gate on each expert's output: unit keeps copied neurons exact, softmax and sigmoid weigh by score."""
+
+    joint_topk: bool | None = None
+    """Share one budget of heads x topk over all heads instead of topk for each head."""
+
+    share_pool: bool | None = None
+    """All heads search the same experts (the paper) instead of disjoint parts."""
+
+    share_keys: bool | None = None
+    """All heads use the same sub-keys (the paper); needs share_pool."""
+
+    num_shared: int | None = Field(default=None, ge=0)
+    """Always-on experts, counted in num_experts; by default those whose peaks dwarf a whole token's activations."""
+
+    query_dim: int | None = Field(default=None, ge=2, multiple_of=2)
+    """Length of a query; its two halves meet the two sets of sub-keys."""
+
+    share_query: bool | None = None
+    """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head."""
+
+    query_norm: bool | None = None
+    """Batch norm on the queries (the paper)."""
+
+    rerank: Literal["auto", "gate", "up", "none"] = "auto"
+    """Projection evaluated to re-rank candidates; auto picks per layer by calibration error."""
+
+    refit: bool = True
+    """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""
+
+    refine_steps: int | None = Field(default=None, ge=0)
+    """Gradient steps that refine router and experts of each layer on its own output; by default two passes."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything random; the same seed gives the same bytes."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _join_list(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("grid")
+    @classmethod
+    def _check_grid(cls, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        if grid is not None and min(grid) < 1:
+            raise ValueError("a grid has at least one row and one column")
+        return grid
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_yield(cls, data: Any) -> Any:
+        # active and allocation have defaults, so only what was written down can contradict topk or max_loss.
+        if not isinstance(data, dict):
+            return data
+        yields: dict[str, Any] = {}
+        if data.get("topk") is not None:
+            yields = {"active": None, "allocation": "uniform"}
+        elif data.get("max_loss") is not None:
+            yields = {"active": None}
+        return yields | data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> PeerConfig:
+        for fault in (self._compute_fault(), self._pool_fault(), self._preset_fault()):
+            if fault:
+                raise ValueError(fault)
+        return self
+
+    def _compute_fault(self) -> str | None:
+        if self.max_loss is not None and self.topk is not None:
+            return "max_loss sets the compute of each layer: it does not go with topk/candidates"
+        if self.max_loss is not None and self.active is not None:
+            return "active and max_loss both set the compute: give one of them"
+        if self.topk is not None and (self.layers == "auto" or self.allocation == "sensitivity"):
+            return "layers auto and allocation sensitivity choose active shares: give active or max_loss, not topk"
+        if self.allocation == "uniform" and (self.layers == "auto" or self.max_loss is not None):
+            return "layers auto and max_loss give each layer a share of its own: drop allocation uniform"
+        for name in ("candidates", "shortlist"):
+            if getattr(self, name) is not None and self.topk is None:
+                return f"{name} needs topk beside it: how many of the {name} to keep"
+        if self.active is not None and self.topk is not None:
+            return "active and topk/candidates both set the compute: give one of them"
+        if self.active is None and self.topk is None and self.max_loss is None:
+            return "give active (a share such as 0.5) or topk"
+        if self.topk is None:
+            return None
+        sizes = {"topk": self.topk, "shortlist": self.shortlist, "candidates": self.candidates}
+        given = [(name, size) for name, size in sizes.items() if size is not None]
+        for (less, small), (more, large) in pairwise(given):
+            if large < small:
+                return f"{more} ({large}) must be at least {less} ({small})"
+        if self.rerank == "none" and given[-1][1] > self.topk:
+            return f"{given[-1][0]} above topk are re-ranked, so rerank cannot be none"
+        return None
+
+    def _pool_fault(self) -> str | None:
+        reranks = self.rerank in ("gate", "up") or (self.candidates or self.shortlist or 0) > (self.topk or 0)
+        if self.gates == "softmax" and reranks:
+            return (
+                "re-ranking does not go with softmax gates, which are normalised over what is retrieved: "
+                "use gates unit or sigmoid, or rerank none without candidates"
+            )
+        if self.share_keys and self.share_pool is False:
+            return "share_keys needs share_pool: heads with parts of their own have keys of their own"
+        if self.share_query and (self.share_keys or self.query_norm or self.query_dim is None):
+            return "share_query needs query_dim, and goes neither with share_keys nor with query_norm"
+        if self.joint_topk and self.share_pool:
+            return "joint_topk is for heads with parts of their own: it does not go with share_pool"
+        if self.num_experts is None:
+            return None
+        if self.grid and self.share_pool and self.grid[0] * self.grid[1] < self.num_experts:
+            return f"a grid of {self.grid[0]} x {self.grid[1]} has no room for {self.num_experts} experts"
+        if (self.num_shared or 0) > self.num_experts:
+            return f"num_shared ({self.num_shared}) is above num_experts ({self.num_experts})"
+        wanted = (self.num_heads or 1) * (self.candidates or self.shortlist or self.topk or 0)
+        if wanted > self.num_experts:
+            return f"heads x top-k asks for {wanted} experts per token, there are {self.num_experts}"
+        return None
+
+    def _preset_fault(self) -> str | None:
+        if self.preset is None:
+            return None
+        if (self.candidates or self.shortlist or self.topk) != self.topk:
+            return "preset peer-paper evaluates what it retrieves: it takes no candidates"
+        for name, value in self.PEER_PAPER.items():
+            given = getattr(self, name)
+            if name in self.model_fields_set and given not in (None, "auto", value):
+                return f"preset peer-paper has {name} {value}, not {given}: drop one of the two"
+        return None
+
+    def expanded(self) -> PeerConfig:
+        """The same configuration with the preset written out as single options (unchanged without one)."""
+        return self.model_copy(update=self.PEER_PAPER) if self.preset else self
