@@ -16,7 +16,7 @@ from peerify import cli, pipeline
 from peerify.errors import OutputError, UsageError
 from peerify.pipeline import run_recipe
 from peerify.recipe import Recipe
-from peerify.training import loop
+from peerify.training import stage
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_recipe_is_done_once(recipe: Recipe, pushed: list[Any]) -> None:
 def test_it_goes_on_at_the_stage_and_step_where_it_stopped(
     recipe: Recipe, pushed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._Stage.step
+    real = stage.Stage.step
     steps: list[int] = []
 
     def step(self: Any) -> float:
@@ -89,7 +89,7 @@ def test_it_goes_on_at_the_stage_and_step_where_it_stopped(
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(loop._Stage, "step", step)
+    monkeypatch.setattr(stage.Stage, "step", step)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe)
     result = run_recipe(recipe)

@@ -25,7 +25,7 @@ from peerify import cli
 from peerify.errors import CheckpointError, OutputError, PeerifyError, TrainingError, UsageError
 from peerify.folder import convert_checkpoint
 from peerify.recipe import Recipe
-from peerify.training import loop, state
+from peerify.training import stage, state
 from peerify.training import train as training
 from peerify.training.plan import plan_training
 from peerify.training.train import train_checkpoint
@@ -119,9 +119,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(here: Path, monkeypatch
     assert len([key for key in expected if key.startswith("loss ")]) == 10
 
     def dying_step(at: int) -> None:
-        real = loop._Stage._backward
+        real = stage.Stage._backward
         monkeypatch.setattr(
-            loop._Stage, "_backward", lambda self, ids: kill_self() if self.now.step == at else real(self, ids)
+            stage.Stage, "_backward", lambda self, ids: kill_self() if self.now.step == at else real(self, ids)
         )
         trained("train.output=killed", resume=at > 4, **settings)
 
@@ -182,7 +182,7 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(here: Path) -> None:
 
 
 def test_an_interrupt_stops_after_the_step(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._Stage.step
+    real = stage.Stage.step
 
     def step(self: Any) -> float:
         if self.now.step == 4:
@@ -190,11 +190,11 @@ def test_an_interrupt_stops_after_the_step(here: Path, monkeypatch: pytest.Monke
         return real(self)
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(loop._Stage, "step", step)
+    monkeypatch.setattr(stage.Stage, "step", step)
     result = trained()
     assert (result["stopped"], result["steps"]) == (True, 5)
     assert signal.getsignal(signal.SIGINT) is handler
-    monkeypatch.setattr(loop._Stage, "step", real)
+    monkeypatch.setattr(stage.Stage, "step", real)
     assert trained(resume=True)["steps"] == 10
     stopped = log()
     trained(overwrite=True)
@@ -357,7 +357,7 @@ def test_curves_go_to_the_loggers(here: Path, name: Any) -> None:
 
 
 def test_nan_and_spikes_stop_and_name_the_last_good_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._Stage._backward
+    real = stage.Stage._backward
 
     def poisoned(value: float, *at: int) -> Callable[[Any, Any], Any]:
         def backward(self: Any, ids: Any) -> Any:
@@ -366,18 +366,18 @@ def test_nan_and_spikes_stop_and_name_the_last_good_checkpoint(here: Path, monke
 
         return backward
 
-    monkeypatch.setattr(loop._Stage, "_backward", poisoned(math.nan, 7))
+    monkeypatch.setattr(stage.Stage, "_backward", poisoned(math.nan, 7))
     with pytest.raises(
         TrainingError, match=r"the loss is nan in step 8 \(stage 1\); the last good checkpoint is .*-run/"
     ):
         trained()
-    monkeypatch.setattr(loop._Stage, "_backward", poisoned(9.0, 21, 24, 25, 26))
+    monkeypatch.setattr(stage.Stage, "_backward", poisoned(9.0, 21, 24, 25, 26))
     with pytest.raises(
         TrainingError, match=r"the loss jumped to .* in step 27 .*lower train\.stages\.0\.optimizer\.lr"
     ):
         trained(tokens=128 * 30, stages=[{"optimizer": {"lr": 1e-4}}], overwrite=True, evaluation=None)
     assert not Path("peer-healed").exists()
-    monkeypatch.setattr(loop._Stage, "_backward", poisoned(math.inf, 1))
+    monkeypatch.setattr(stage.Stage, "_backward", poisoned(math.inf, 1))
     with pytest.raises(TrainingError, match=r"the loss is inf in step 2 .*there is no checkpoint yet"):
         trained(overwrite=True)
 

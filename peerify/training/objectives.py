@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peerify.training.config import ObjectiveConfig
+
 ROWS = 128  # rows of the vocabulary softmax in float32 at a time; bounds memory, changes no result
 IGNORED = -100  # label of a token that is not predicted: padding
 
@@ -55,6 +57,49 @@ def prediction_loss(
     """
     loss, cross_entropy, divergence = _PredictionLoss.apply(logits_pv, target_p, teacher, next_token, kl)
     return loss, cross_entropy, divergence
+
+
+def combined(
+    terms: ObjectiveConfig,
+    ours: Any,
+    teacher: Any | None,
+    router: tuple[Tensor, Tensor] | None,
+    ids: Tensor,
+    used: Tensor,
+    *,
+    predicted: int,
+    tokens: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a micro-batch as a part of its step's.
+
+    Args:
+        terms: weights of the objectives.
+        ours, teacher: outputs of the two models, with hidden states where `terms` asks for them.
+        router: load balance and z loss of the micro-batch, where `terms` asks for them.
+        ids, used: the windows, and which of their tokens are no padding, (b, t).
+        predicted, tokens: how many tokens the whole step predicts, and has.
+
+    Returns:
+        The loss, and its parts: next token, KL, layerwise, load balance, z.
+    """
+    loss = cross_entropy = kl = layerwise = balance = z = torch.zeros((), device=ids.device)
+    if terms.next_token or terms.kl:
+        logits, targets = shifted(ours.logits, ids, used)
+        wanted: Tensor | TopLogits | None = None
+        if terms.kl and teacher is not None:
+            wanted, _ = shifted(teacher.logits, ids, used)
+            if terms.kl_topk is not None:
+                wanted = top_logits(wanted, terms.kl_topk)
+        loss, cross_entropy, kl = prediction_loss(logits, targets, wanted, next_token=terms.next_token, kl=terms.kl)
+        loss, cross_entropy, kl = (value / predicted for value in (loss, cross_entropy, kl))
+    if terms.layerwise and teacher is not None:
+        layerwise = layerwise_loss(list(ours.hidden_states[1:]), list(teacher.hidden_states[1:]), used) / tokens
+        loss = loss + terms.layerwise * layerwise
+    if router is not None:
+        share = int(used.sum()) / tokens
+        balance, z = (value * share for value in router)
+        loss = loss + terms.load_balance * balance + terms.z_loss * z
+    return loss, [cross_entropy, kl, layerwise, balance, z]
 
 
 class _PredictionLoss(torch.autograd.Function):

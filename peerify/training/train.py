@@ -25,7 +25,8 @@ from peerify.training.config import TrainConfig
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
 from peerify.training.groups import require_peer
-from peerify.training.loop import ADAPTER, Run, plain_weights, run_stages
+from peerify.training.loop import run_stages
+from peerify.training.stage import ADAPTER, Run, plain_weights
 from peerify.yamlfile import flatten
 
 Progress = Callable[[str, int, int], None]
