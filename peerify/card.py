@@ -135,12 +135,12 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
     if source.get("revision") and "base_model" not in told:
         origin += f" at {source['revision'][:12]}"
     licence = source.get("license_name") or source.get("license")
-    evaluated = _span([_evaluated(layer) + layer["num_shared"] for layer in layers.values()])
+    added = _span([_added(layer) + layer["num_shared"] for layer in layers.values()])
     experts = _span([layer["num_experts"] for layer in layers.values()])
     parts = [
         f"{len(layers)} dense feed-forward layers of {origin} were replaced by PEER layers "
         "([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)): each expert is a single neuron, and "
-        f"{evaluated} of {experts} are retrieved and evaluated for each token. "
+        f"{added} of {experts} are retrieved and added up for each token. "
         f"The experts spend {record['active_fraction']:.1%} of the dense layers' multiply-adds per token, "
         f"retrieving them another {record['router_fraction']:.1%}.",
         "## How to load it",
@@ -189,7 +189,7 @@ def _snippet(auto: str, files: Sequence[str], name: str) -> str:
 
 
 def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    chosen = any(_evaluated(layer) < layer["num_experts"] - layer["num_shared"] for layer in layers.values())
+    chosen = any(_added(layer) < layer["num_experts"] - layer["num_shared"] for layer in layers.values())
     convert, calibration = record["recipe"]["convert"], record["calibration"]
     router = "the router was fitted in closed form"
     if chosen and convert["refine_steps"] != 0:
@@ -204,8 +204,8 @@ def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
     )
 
 
-def _evaluated(layer: Mapping[str, Any]) -> int:
-    """Experts that a token evaluates, beside those that are always on."""
+def _added(layer: Mapping[str, Any]) -> int:
+    """Experts that are added up for a token, beside those that are always on."""
     return int(layer["num_heads"] * layer["topk"])
 
 
@@ -237,7 +237,7 @@ def _results(record: Mapping[str, Any]) -> str:
 
 
 def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    table = ["| layer | experts | router | evaluated of retrieved | output error |", "|---|---|---|---|---|"]
+    table = ["| layer | experts | router | added up of retrieved | output error |", "|---|---|---|---|---|"]
     order = {path: i for i, path in enumerate(record["layer_errors"])}  # as they run; config.json sorts them as text
     for path in sorted(layers, key=lambda path: order.get(path, len(order))):
         layer = layers[path]
@@ -248,7 +248,7 @@ def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
         error = record["layer_errors"].get(path)
         table.append(
             f"| `{path}` | {layer['num_experts']} | {router} "
-            f"| {_evaluated(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always} "
+            f"| {_added(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always} "
             f"| {'–' if error is None else f'{error:.4f}'} |"
         )
     return "\n".join(table)
