@@ -89,13 +89,13 @@ def selected(layer: Any, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
     score_thn, u_tn, gate_tn, a_tn = projected
     level = levels(layer, score_thn)
     found_tn = (score_thn >= level).any(1) if score_thn.shape[1] > 1 else score_thn[:, 0] >= level[:, 0]
-    if layer.router_fraction == 0:  # all are, even where several heads that search one pool name some twice
+    if not layer.chooses:  # all are, even where several heads that search one pool name some twice
         found_tn = torch.ones_like(found_tn)
     if pool.rerank is None:
         return level, found_tn, torch.ones_like(found_tn)
     probe_tn = (gate_tn if pool.rerank == "gate" and gate_tn is not None else u_tn)[:, shared:]
     score_tn = None
-    if layer.router_fraction > 0 and (not layer.share_pool or layer.num_heads == 1):
+    if layer.chooses and (not layer.share_pool or layer.num_heads == 1):
         score_tn = score_thn[:, 0]
     worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
     kept_tn = worth_tn >= threshold(lowered(worth_tn, ~found_tn), layer.shortlist)

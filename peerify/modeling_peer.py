@@ -554,7 +554,7 @@ class PEER(nn.Module):
 
     def _retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
         """Candidates of each token; None: all experts, each with weight 1."""
-        if self.router_fraction == 0:
+        if not self.chooses:
             return None
         index_thc, score_thc = self.keys(x_td, self._per_head, self.joint_topk)
         found_thc = score_thc > -math.inf
@@ -583,6 +583,13 @@ class PEER(nn.Module):
         return Retrieved(index_tc + self.num_shared, weight_tc, score_tc)
 
     @property
+    def chooses(self) -> bool:
+        """Whether anything depends on scores."""
+        routed, one_score = self.num_experts - self.num_shared, not self.share_pool or self.num_heads == 1
+        # Where all are candidates, scores still have a say in re-ranking, if an expert has just one.
+        return self.gates != "unit" or routed > (self.topk if one_score else self.candidates)
+
+    @property
     def weight(self) -> torch.Tensor:
         """Empty, of the experts' number type and device: what an architecture may ask of the linear layer it had."""
         return self.pool.u.detach().new_empty(0, 1)
@@ -598,9 +605,7 @@ class PEER(nn.Module):
     @property
     def router_fraction(self) -> float:
         """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to choose."""
-        routed, one_score = self.num_experts - self.num_shared, not self.share_pool or self.num_heads == 1
-        # Where all are candidates, scores still have a say in re-ranking, if an expert has just one.
-        if self.gates == "unit" and routed <= (self.topk if one_score else self.candidates):
+        if not self.chooses:
             return 0.0
         rows, columns = self.keys.grid
         query = 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()

@@ -96,7 +96,7 @@ def test_exact_through_the_router(options: dict[str, Any], seed: int) -> None:
     for layer in conversion.model.modules():
         if isinstance(layer, PEER):
             assert layer._retrieve(torch.zeros(1, 32)) is None
-    with patch.object(PEER, "router_fraction", 1.0):
+    with patch.object(PEER, "chooses", True):
         assert relative_error(logits(conversion.model, inputs), expected) <= 1e-5
 
 

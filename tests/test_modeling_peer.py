@@ -498,7 +498,7 @@ def test_everything_retrieved_is_the_dense_layer(
         dense = F.linear(hidden, pool.v.T, layer.bias)
         torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         assert layer.active_experts(x_td).all()
-        with patch.object(PEER, "router_fraction", 1.0):  # no shortcut: each head goes through its product keys
+        with patch.object(PEER, "chooses", True):  # no shortcut: each head goes through its product keys
             routed = layer._retrieve(x_td)
             assert routed is not None
             torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)

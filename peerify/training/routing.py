@@ -91,7 +91,7 @@ class Router:
         original = layer.forward
 
         def forward(hidden_states: Tensor) -> Tensor:
-            if not torch.is_grad_enabled() or layer.router_fraction == 0:  # 0: all experts take part
+            if not torch.is_grad_enabled() or not layer.chooses:
                 return original(hidden_states)  # type: ignore[no-any-return]
             x_td = hidden_states.reshape(-1, layer.d_model)
             if layer.gates == "unit":
