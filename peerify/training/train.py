@@ -105,9 +105,11 @@ def train_checkpoint(
             publish=_publisher(recipe, tell),
             recipe=described,
         )
-        outcome = run_stages(run, latest)
-        if log is not None:
-            log.close()
+        try:
+            outcome = run_stages(run, latest)
+        finally:
+            if log is not None:
+                log.close()
         accelerator.end_training()
         if not accelerator.is_main_process:
             return None
