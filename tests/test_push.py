@@ -450,9 +450,13 @@ def test_card_is_what_the_hub_reads(folder: Path) -> None:
         assert part in card.text, part
     layers = json.loads((folder / "config.json").read_text())["peer"]["layers"]
     for path, layer in layers.items():
-        row = f"| `{path}` | {layer['num_experts']} | a key each, rank {layer['query_dim']} | {layer['topk']} of"
-        assert row in card.text
-    few = sorted({layer["topk"] + layer["num_shared"] for layer in layers.values()})
+        rows, columns = layer["grid"]  # shares, and with them the form of the router, depend on the random model
+        router = f"a key each, rank {layer['query_dim']}"
+        if not layer["share_query"]:
+            router = f"product keys, {layer['num_heads']} × ({rows} × {columns})"
+        added = layer["num_heads"] * layer["topk"]
+        assert f"| `{path}` | {layer['num_experts']} | {router} | {added} of" in card.text
+    few = sorted({layer["num_heads"] * layer["topk"] + layer["num_shared"] for layer in layers.values()})
     assert f"{' to '.join(map(str, few[:1] + few[1:][-1:]))} of 24 are retrieved" in card.text
     assert "fitted in closed form and refined by gradient" in card.text
     before = (folder / "README.md").read_bytes()
