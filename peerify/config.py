@@ -149,7 +149,7 @@ class PeerConfig(BaseModel):
             return "layers auto and max_loss give each layer a share of its own: drop allocation uniform"
         for name in ("candidates", "shortlist"):
             if getattr(self, name) is not None and self.topk is None:
-                return f"{name} needs topk beside it: how many of the {name} to keep"
+                return f"{name} needs topk beside it: how many of them to add up"
         if self.active is not None and self.topk is not None:
             return "active and topk/candidates both set the compute: give one of them"
         if self.active is None and self.topk is None and self.max_loss is None:

@@ -52,7 +52,8 @@ class ConversionPlan:
     configs: dict[str, PeerConfig]
     """For each path to be converted: the configuration with the layer's own active share."""
     layers: dict[str, dict[str, Any]]
-    """Keyword arguments of `PEER` for the same; the calibration data may still shift topk against candidates."""
+    """Keyword arguments of `PEER` for the same; the calibration data may still shift topk against shortlist and
+    candidates, and shorten the query of a layer whose candidates are all."""
     fractions: dict[str, tuple[float, float]]
     """For each of `sites`: multiply-adds of experts and of router per token, over the dense layer's."""
     sensitivity: dict[str, float]

@@ -3,9 +3,10 @@
 The closed-form fit (router.py) predicts how much each expert matters; what counts in the end is which ones come first.
 With hard top-k there is no gradient, so for the router the choice is relaxed: expert i is in with probability
 m_i = sigmoid((s_i - tau) / T), tau such that the m_i sum to k. Its loss is the energy of what is left out,
-sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking. The experts learn
-at the same time, under the hard choice, from the squared error of the layer's output. Both are taken per token,
-relative to what there is: a few tokens of many models have activations a hundred times the size of all others.
+sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking; what would be cut
+from the shortlist is not missed. The experts learn at the same time, under the hard choice, from the squared error of
+the layer's output. Both are taken per token, relative to what there is: a few tokens of many models have activations a
+hundred times the size of all others.
 
 Suffixes: t tokens, d d_model, n experts (scores: routed ones only), h heads, m rows + columns.
 """
@@ -37,7 +38,7 @@ def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, s
     """Train router and experts of `layer`, in place.
 
     Does nothing where the relaxation does not speak of one choice: heads that search one pool or spend budgets of their
-    own, queries with a norm, gates other than unit, and layers that retrieve everything.
+    own, queries with a norm, gates other than unit, and layers that add up everything.
 
     Args:
         x_td: calibration input of the layer.

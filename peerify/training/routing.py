@@ -111,9 +111,9 @@ class Router:
         u_tn = F.linear(x_td, pool.u, pool.u_bias)
         gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
         a_tn = pool._activate(u_tn, gate_tn)
-        # Running statistics of a query norm are of all tokens, and taken once.
         if layer.candidates >= layer.num_experts - shared:
             temperature = None  # all are candidates, whatever their scores
+        # Running statistics of a query norm are of all tokens, and taken once.
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
         with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
             scores = layer.keys.sub_scores(x_td)
