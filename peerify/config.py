@@ -91,11 +91,16 @@ class PeerConfig(BaseModel):
     share_query: bool | None = None
     """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head."""
 
+    estimate: bool | None = None
+    """Score experts by the size that a low-rank estimate of their gate projection makes likely, instead of by a linear
+    score; by default where experts have keys of their own."""
+
     query_norm: bool | None = None
     """Batch norm on the queries (the paper)."""
 
     rerank: Literal["auto", "gate", "up", "none"] = "auto"
-    """Projection evaluated to re-rank candidates; auto picks per layer by calibration error."""
+    """Projection evaluated to re-rank candidates; auto: up where scores estimate the other factor, else picked per
+    layer by calibration error."""
 
     refit: bool = True
     """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""

@@ -21,7 +21,7 @@ from peerify.modeling_peer import PEER
 from peerify.plan import RERANK_RANK, plan_layer, splits
 from peerify.refine import refine
 from peerify.refit import fit_outputs, relative_error
-from peerify.router import RouterFit, fill_keys, fit_router, points, truncate
+from peerify.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
 
 # A neuron with a peak above this (RouterFit.peak_f) is always on: models keep a few whose rare, huge values hold up all
 # of their attention, and a router that misses one of them once spoils a whole window. They are less than 1 %.
@@ -86,6 +86,7 @@ def plan_for(ff: FeedForward, site: Site, config: PeerConfig) -> dict[str, Any]:
         expert_bias=ff.u_bias_f is not None,
         gate_bias=ff.gate_bias_f is not None,
         output_bias=ff.bias_d is not None,
+        learned=ff.learned is not None,
     )
 
 
@@ -119,7 +120,12 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
     layer.pool.v.data.mul_(share_n[:, None])
     layer.pool.update_norm()
     routed = neuron_n[layer.num_shared :]
-    fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
+    if plan["estimate"]:
+        fill_estimates(layer.keys, ff, fit, routed)
+        if layer.pool.rerank_slope is not None:  # re-ranking takes them at their word
+            layer.pool.rerank_slope.data.fill_(1.0 if layer.pool.gate is not None else 0.0)
+    else:
+        fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
     return layer.eval()
 
 
@@ -170,7 +176,10 @@ def _choose(
         layer.set_budget(*budget)
         layer.pool.rerank = probe
         assert layer.pool.rerank_scale is not None
-        layer.pool.rerank_scale.data.copy_(fit.probe_scale_f[probe][neuron_n])
+        scale_f = fit.probe_scale_f[probe]
+        if layer.keys.act is not None and layer.pool.gate is not None:
+            scale_f = 1 / fit.up_f  # the score speaks for the rest, and for E|up| as long as nothing better is known
+        layer.pool.rerank_scale.data.copy_(scale_f[neuron_n])
 
     def error(option: tuple[str, tuple[int, int, int]]) -> float:
         use(*option)

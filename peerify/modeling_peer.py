@@ -46,6 +46,11 @@ def best(score: torch.Tensor, k: int) -> torch.Tensor:
     return score.topk(k, dim=-1, sorted=False).indices
 
 
+def activation_module(name: str) -> nn.Module:
+    """An activation function by transformers' name for it, or "linear"."""
+    return nn.Identity() if name == "linear" else ACT2FN[name]
+
+
 class ProductKeys(nn.Module):
     """Product-key retrieval: the best-scoring cells of one grid per head.
 
@@ -54,6 +59,11 @@ class ProductKeys(nn.Module):
     The query is x itself (`query_dim=None`: sub-keys live in the model's space), a projection of x for each head whose
     halves meet row and column keys (the paper), or one low-rank projection of x that all sub-keys of all heads meet
     (`share_query`). A grid of one row makes its columns plain keys: every cell has a key of its own.
+
+    With `estimate`, such keys do not score experts but estimate the projections that their activation function is
+    applied to, z_i, gate_i . x or for plain experts u_i . x, from the query alone. The score is then the logarithm of
+    the size that the expert is likely to have, log_scale_i + log sqrt(E act(z_i + e_i)^2), where e_i ~ N(0,
+    deviation_i^2) is what the query leaves out.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class ProductKeys(nn.Module):
         query_norm: bool,
         key_bias: bool,
         share_query: bool = False,
+        estimate: str | None = None,
     ) -> None:
         super().__init__()
         self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
@@ -99,6 +110,15 @@ class ProductKeys(nn.Module):
         key_heads = 1 if share_keys else num_heads
         self.sub_keys = nn.Parameter(torch.empty(key_heads, rows + columns, key_dim))
         self.sub_key_bias = nn.Parameter(torch.empty(key_heads, rows + columns)) if key_bias else None
+        self.act: nn.Module | None = None
+        self.log_scale: nn.Parameter | None = None
+        self.deviation: nn.Parameter | None = None
+        if estimate is not None:
+            if rows != 1 or num_heads != 1 or not share_query:
+                raise ValueError("estimate needs a key for each expert: a grid of one row, one head and share_query")
+            self.act = activation_module(estimate)
+            self.log_scale = nn.Parameter(torch.empty(num_keys))
+            self.deviation = nn.Parameter(torch.empty(num_keys), requires_grad=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,10 +129,30 @@ class ProductKeys(nn.Module):
         init.normal_(self.sub_keys, std=self.sub_keys.shape[-1] ** -0.5)
         if self.sub_key_bias is not None:
             init.zeros_(self.sub_key_bias)
+        if self.log_scale is not None:
+            init.zeros_(self.log_scale)
+        if self.deviation is not None:
+            init.ones_(self.deviation)
 
     def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
-        tokens, heads, rows = x_td.shape[0], self.num_heads, self.grid[0]
+        row_tha, column_thb = self.products(x_td).split(self.grid, dim=-1)
+        return row_tha, column_thb if self.act is None else self._log_size(column_thb)
+
+    def _log_size(self, z_tn: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the size that experts of the estimated projections `z_tn` are likely to have."""
+        assert self.act is not None
+        assert self.log_scale is not None
+        assert self.deviation is not None
+        # The expectation by Gauss-Hermite quadrature of three nodes: exact for polynomials of degree 5.
+        step_n = 3**0.5 * self.deviation.to(z_tn.dtype)
+        square_tn = (self.act(z_tn - step_n).square() + self.act(z_tn + step_n).square()) / 6
+        square_tn = square_tn + self.act(z_tn).square() * (2 / 3)
+        return square_tn.clamp_min(1e-20).log() / 2 + self.log_scale.to(z_tn.dtype)
+
+    def products(self, x_td: torch.Tensor) -> torch.Tensor:
+        """Sub-keys times queries, with biases: (t, h, m)."""
+        tokens, heads = x_td.shape[0], self.num_heads
         query = x_td if self.query_proj is None else self.query_proj(x_td)
         if self.query_norm is not None:
             # Batch statistics of a single token do not exist: use the running ones, as in evaluation.
@@ -132,8 +172,7 @@ class ProductKeys(nn.Module):
         if self.sub_key_bias is not None:
             score_thm = score_thm + self.sub_key_bias
         # Sums of two half-precision scores tie far too often for a sharp top-k.
-        score_thm = score_thm if score_thm.dtype == torch.float64 else score_thm.float()
-        return score_thm[..., :rows], score_thm[..., rows:]
+        return score_thm if score_thm.dtype == torch.float64 else score_thm.float()
 
     def forward(self, x_td: torch.Tensor, topk: int, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The best experts of each token.
@@ -234,7 +273,7 @@ class ExpertPool(nn.Module):
         if rerank not in (None, "up", "gate") or (rerank == "gate" and not gated):
             raise ValueError(f"rerank must be None, 'up' or (for gated experts) 'gate', not {rerank!r}")
         self.num_shared, self.rerank = num_shared, rerank
-        self.act = nn.Identity() if activation == "linear" else ACT2FN[activation]
+        self.act = activation_module(activation)
         self.act.to(torch.get_default_dtype())  # xIELU has parameters, in bfloat16
         self.clamp = clamp or {}
         self.u = nn.Parameter(torch.empty(num_experts, d_model))
@@ -437,6 +476,7 @@ class PEER(nn.Module):
             the dense layer.
         query_dim, share_query, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
         key_bias: a bias for each sub-key.
+        estimate: scores are the sizes that experts are likely to have, see `ProductKeys`.
         rerank: None, "gate" or "up": see `ExpertPool`.
         clamp: limits inside GLU experts, each optional: "gate" (gate projections at most this), "act" (their
             activation at most this), "up" (up projections at most this in size), and "shift" (added to up then).
@@ -470,6 +510,7 @@ class PEER(nn.Module):
         share_query: bool = False,
         query_norm: bool = False,
         key_bias: bool = False,
+        estimate: bool = False,
         rerank: str | None = None,
         clamp: dict[str, float] | None = None,
         d_ff: int | None = None,
@@ -504,6 +545,7 @@ class PEER(nn.Module):
             query_norm=query_norm,
             key_bias=key_bias,
             share_query=share_query,
+            estimate=activation if estimate else None,
         )
         self.pool = ExpertPool(
             d_model,

@@ -20,7 +20,7 @@ SMALLEST_GRID = 48
 # fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
 CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
 # Candidates above this share of the experts: then all of them. Scores that only help to re-rank need less rank.
-NEARLY_ALL, RERANK_RANK = 0.9, 1 / 9  # of d_model
+NEARLY_ALL, RERANK_RANK = 0.9, 1 / 4  # of d_model
 SHORTLIST = (1.3, 1.15, 1.5)  # shortlisted gated experts for each that is added up, likewise
 
 
@@ -35,8 +35,9 @@ def plan_layer(
     expert_bias: bool = False,
     gate_bias: bool = False,
     output_bias: bool = False,
+    learned: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of `PEER` for one dense layer.
+    """Keyword arguments of `PEER` for one dense layer; `learned`: its activation function has parameters.
 
     `rerank` stays "auto" where the data decide between "gate" and "up".
 
@@ -76,6 +77,14 @@ def plan_layer(
     rank = int(key_budget * d_model / (d_model + routed + 1))
     given = (config.num_heads, config.grid, config.query_dim, config.query_norm)
     low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
+    estimate = low_rank and gates == "unit" and rerank != "gate" and not learned and config.estimate is not False
+    if config.estimate and not estimate:
+        raise ConversionError(
+            f"{path}: estimate is for unit gates, a low-rank query with a key for each expert, and re-ranking by up, "
+            "and here that does not hold: leave estimate out"
+        )
+    if estimate and rerank == "auto":
+        rerank = "up"  # the factor that scores do not estimate
     num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
 
     topk, shortlist, candidates = config.topk, config.shortlist, config.candidates
@@ -120,6 +129,7 @@ def plan_layer(
         "share_query": low_rank or bool(config.share_query),
         "query_norm": bool(config.query_norm),
         "key_bias": not config.query_norm,  # a batch norm has a bias of its own
+        "estimate": estimate,
         "rerank": rerank,
         "d_ff": d_ff,
     }

@@ -96,7 +96,7 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     if layer.candidates < score_tn.shape[1]:  # else scores only help to re-rank
         level_t1 = threshold(score_tn, layer.candidates)
         candidate_tn = score_tn.detach() >= level_t1
-        missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, TEMPERATURE)
+        missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, router.temperature)
     kept_tn = candidate_tn
     if router.log_scale_n is not None and layer.shortlist < layer.candidates:
         with torch.no_grad():
@@ -108,7 +108,8 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
         kept_tn = among_tn.detach() >= least_t1
         # Being a candidate pays for those that would be shortlisted; being shortlisted, for those that are candidates.
         missed_tn = missed_tn * (worth_tn.detach() >= least_t1)
-        missed_tn = missed_tn + (1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, TEMPERATURE)) * candidate_tn
+        cut_tn = 1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, router.temperature)
+        missed_tn = missed_tn + cut_tn * candidate_tn
     if layer.topk < layer.shortlist:
         # Of the shortlisted, those that contribute most are added up: what is not among them is not missed.
         last_t1 = threshold(size_tn * kept_tn, layer.topk)
@@ -122,7 +123,8 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
 
 
 class _Router:
-    """A layer's router in coordinates that suit Adam: standardised input, scores of spread 1."""
+    """A layer's router in coordinates that suit Adam: standardised input, and scores of spread 1, unless they have a
+    unit of their own."""
 
     def __init__(self, layer: PEER, x_td: Tensor) -> None:
         keys = copy.deepcopy(layer.keys)
@@ -136,10 +138,15 @@ class _Router:
             if keys.sub_key_bias is not None:
                 keys.sub_key_bias.copy_(bias_hm)
             spread = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
-            keys.sub_keys.div_(spread)
-            if keys.sub_key_bias is not None:
-                keys.sub_key_bias.div_(spread)
-        self.slope = torch.full_like(x_td[0, :1], SLOPE).requires_grad_()
+            self.temperature, slope = TEMPERATURE * spread, x_td.new_zeros(1)
+            if layer.pool.rerank_slope is not None:
+                slope = layer.pool.rerank_slope.detach().clone()
+            if keys.act is None:
+                self.temperature, slope = TEMPERATURE, x_td.new_tensor([SLOPE])
+                keys.sub_keys.div_(spread)
+                if keys.sub_key_bias is not None:
+                    keys.sub_key_bias.div_(spread)
+        self.slope = slope.requires_grad_()
         self.log_scale_n = None
         if layer.pool.rerank_scale is not None:
             self.log_scale_n = layer.pool.rerank_scale.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()
@@ -152,15 +159,17 @@ class _Router:
             found.append((keys.query_proj.weight, RATE * _spread(keys.query_proj.weight)))
         if keys.sub_key_bias is not None:
             found.append((keys.sub_key_bias, RATE))
+        if keys.log_scale is not None:
+            found.append((keys.log_scale, RATE))
         return found + ([] if self.log_scale_n is None else [(self.slope, RATE / 2), (self.log_scale_n, RATE / 2)])
 
     def scores(self, x_td: Tensor) -> Tensor:
-        """(t, n), those of the layer but for a factor."""
+        """(t, n), those of the layer, linear ones but for a factor."""
         return cell_scores(self.keys, *self.keys.sub_scores((x_td - self.mean_d) / self.scale_d))[:, 0]
 
     def _at_mean(self, keys: ProductKeys) -> Tensor:
-        """Sub-scores of the mean input, (h, m): what the bias takes over when the input is centred."""
-        return torch.cat(keys.sub_scores(self.mean_d[None]), dim=-1)[0]
+        """Products with the mean input, (h, m): what the bias takes over when the input is centred."""
+        return keys.products(self.mean_d[None])[0]
 
     @torch.no_grad()
     def store(self, layer: PEER) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peerify.clustering import two_way
 from peerify.dense import FeedForward
@@ -44,6 +45,8 @@ class RouterFit:
     """L with L L^T = covariance of the input: key @ L measures scores by how much they vary over the data."""
     probe_scale_f: dict[str, Tensor]
     """For each projection that can re-rank, "up" and "gate": E|other factor| ||v_f||."""
+    up_f: Tensor
+    """Mean size of the factor that has no activation function: E|up factor|, 1 for plain neurons."""
 
 
 def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
@@ -85,6 +88,7 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         mean_d=mean_d,
         factor_dd=factor_dd,
         probe_scale_f=scale,
+        up_f=torch.ones_like(up_f) if ff.gate_fd is None else up_f / tokens,
     )
 
 
@@ -138,11 +142,34 @@ def fill_keys(keys: ProductKeys, fit: RouterFit, neuron_n: Tensor, weight_hn: Te
         keys.sub_key_bias.data.copy_(bias_hm if len(keys.sub_keys) == heads else bias_hm.mean(0, keepdim=True))
 
 
-def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor) -> Tensor:
-    """One query for all sub-keys, by truncated SVD of the scores over the data; returns the keys it stands for."""
+def fill_estimates(keys: ProductKeys, ff: FeedForward, fit: RouterFit, neuron_n: Tensor) -> None:
+    """Set query and keys to the best estimate of the activated projections at the query's rank, in place.
+
+    Errors count as much as the neuron's other factor and output vector make of them.
+    """
+    assert keys.sub_key_bias is not None
+    assert keys.log_scale is not None
+    assert keys.deviation is not None
+    table_fd, bias_f = (ff.u_fd, ff.u_bias_f) if ff.gate_fd is None else (ff.gate_fd, ff.gate_bias_f)
+    target_nd, scale_n = table_fd[neuron_n], fit.up_f[neuron_n] * ff.v_fd[neuron_n].norm(dim=1)
+    target_md = F.pad(target_nd, (0, 0, 1, 0))  # the one row key has nothing to say
+    key_hmd = _low_rank(keys, fit, target_md[None], F.pad(scale_n, (1, 0)))
+    bias_m = (target_md - key_hmd[0]) @ fit.mean_d
+    keys.sub_key_bias.data.copy_(bias_m if bias_f is None else bias_m + F.pad(bias_f[neuron_n], (1, 0)))
+    keys.log_scale.data.copy_(scale_n.clamp_min(1e-30).log())
+    left_n = (target_nd @ fit.factor_dd).square().sum(1) - keys.sub_keys.data[0, 1:].square().sum(1)
+    keys.deviation.data.copy_(left_n.clamp_min(1e-12).sqrt())
+
+
+def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor, weight_m: Tensor | None = None) -> Tensor:
+    """One query for all sub-keys, by truncated SVD of the scores over the data; returns the keys it stands for.
+
+    Args:
+        weight_m: what errors of each sub-key count; None: all the same.
+    """
     assert keys.query_proj is not None
     whitened_hmd = key_hmd @ fit.factor_dd
-    flat_md = whitened_hmd.flatten(0, 1)
+    flat_md = whitened_hmd.flatten(0, 1) if weight_m is None else whitened_hmd[0] * weight_m[:, None]
     # The right singular vectors, from the d x d Gram matrix: there may be many more sub-keys than d.
     vector_rd = torch.linalg.eigh(flat_md.T @ flat_md).eigenvectors.T.flip(0)[: keys.query_proj.out_features]
     query_rd = torch.linalg.solve_triangular(fit.factor_dd, vector_rd, upper=False, left=False)
@@ -153,11 +180,14 @@ def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor) -> Tensor:
 
 
 def truncate(keys: ProductKeys, fit: RouterFit, rank: int) -> int:
-    """Shorten a query made by `_low_rank`, whose coordinates are the most important first; returns its new length."""
+    """Shorten a fitted low-rank query, whose coordinates are the most important first; returns its new length."""
     query, dropped = keys.query_proj, slice(rank, None)
     assert query is not None
     if keys.sub_key_bias is not None:  # takes over what the rest says of the mean input
         keys.sub_key_bias.data += keys.sub_keys.data[..., dropped] @ (query.weight.data[dropped] @ fit.mean_d)
+    if keys.deviation is not None:
+        lost_n = keys.sub_keys.data[0, 1:, dropped].square().sum(1)
+        keys.deviation.data = (keys.deviation.data.square() + lost_n).sqrt()
     keys.sub_keys = nn.Parameter(keys.sub_keys.data[..., :rank].clone())
     query.weight = nn.Parameter(query.weight.data[:rank].clone())
     query.out_features = len(query.weight)

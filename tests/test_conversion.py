@@ -220,7 +220,7 @@ def test_auto_picks_the_better_probe() -> None:
     ff, data = layer_problem()
     errors = {}
     for rerank in ("gate", "up", "auto"):
-        config = PeerConfig(active=0.4, rerank=rerank, refit=False)
+        config = PeerConfig(active=0.4, rerank=rerank, refit=False, estimate=False)
         _, kwargs, errors[rerank] = convert_layer(ff, data, config)
     assert kwargs["rerank"] == min(("gate", "up"), key=lambda name: errors[name])
     assert errors["auto"] == min(errors.values())

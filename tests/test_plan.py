@@ -102,6 +102,24 @@ def test_default_router_spends_its_budget() -> None:
     assert 20000 <= rows * columns * kwargs["num_heads"] <= 1.05 * 20000
 
 
+def test_keys_of_single_experts_estimate_their_size() -> None:
+    """Unless what is asked for speaks against it; the factor that is not estimated then re-ranks."""
+    shape = {"d_model": 576, "d_ff": 1536}
+    kwargs = plan(PeerConfig(), **shape)
+    assert (kwargs["estimate"], kwargs["rerank"]) == (True, "up")
+    assert plan(PeerConfig(rerank="none"), **shape)["estimate"]
+    assert plan(PeerConfig(), **shape, gated=False, activation="relu")["estimate"]
+    others = [{"estimate": False}, {"gates": "sigmoid"}, {"rerank": "gate"}, {"share_query": False}]
+    for options in others:
+        kwargs = plan(PeerConfig(**options), **shape)  # type: ignore[arg-type]
+        assert not kwargs["estimate"]
+        assert kwargs["rerank"] == options.get("rerank", "auto")
+    assert not plan(PeerConfig(), **shape, learned=True)["estimate"]  # such functions have parameters of their own
+    for options in others[1:]:
+        with pytest.raises(ConversionError, match=r"model\.mlp: estimate is for unit gates"):
+            plan(PeerConfig(estimate=True, **options), **shape)  # type: ignore[arg-type]
+
+
 def test_product_keys_on_request() -> None:
     kwargs = plan(PeerConfig(share_query=False), d_model=576, d_ff=1536)
     rows, columns = kwargs["grid"]
@@ -121,7 +139,8 @@ def test_options_reach_the_layer() -> None:
             "shortlist": 3, "candidates": 3,
         "activation": "silu", "gated": True, "expert_bias": True, "gate_bias": False, "output_bias": True,
         "num_shared": 0, "share_pool": False, "share_keys": False, "joint_topk": False, "gates": "sigmoid",
-        "query_dim": 10, "share_query": False, "query_norm": True, "key_bias": False, "rerank": None, "d_ff": 256,
+        "query_dim": 10, "share_query": False, "query_norm": True, "key_bias": False, "estimate": False,
+        "rerank": None, "d_ff": 256,
     }  # fmt: skip
     assert kwargs == expected
 

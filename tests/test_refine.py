@@ -40,6 +40,7 @@ def test_gradient_passes_through_the_threshold() -> None:
 
 FORMS: list[dict[str, Any]] = [
     {"num_heads": 1, "grid": (1, 96), "query_dim": 5, "share_query": True},
+    {"num_heads": 1, "grid": (1, 96), "query_dim": 5, "share_query": True, "estimate": True},
     {"num_heads": 4, "grid": (4, 6), "query_dim": 5, "share_query": True},
     {"num_heads": 4, "grid": (4, 6)},
     {"num_heads": 4, "grid": (5, 5), "query_dim": 6},

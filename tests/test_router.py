@@ -12,7 +12,7 @@ from peerify import router
 from peerify.clustering import arrange, two_way
 from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
-from peerify.router import RouterFit, fill_keys, fit_router, points, truncate
+from peerify.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
 
 
 def feedforward(
@@ -214,3 +214,46 @@ def test_a_truncated_query_is_the_one_of_that_rank() -> None:
     with torch.no_grad():
         torch.testing.assert_close(long.sub_scores(x_td)[1], short.sub_scores(x_td)[1], rtol=1e-6, atol=1e-8)
     assert truncate(short, fit, 5) == 3
+
+
+ESTIMATE = {"share_query": True, "estimate": "silu"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [True, False])
+def test_long_queries_estimate_exactly(gated: bool) -> None:
+    """With as many coordinates as inputs nothing is left out: the score is the logarithm of |a| E|up| ||v||."""
+    u_fd, v_fd, bias_f = normals(60, 10), normals(60, 10), normals(60)
+    ff = feedforward(u_fd, v_fd, normals(60, 10) if gated else None, bias_f, activation="silu")
+    x_td = normals(500, 10) @ normals(10, 10) + normals(10)
+    fit, neuron_n = fit_router(ff, x_td), torch.randperm(60)[:50]
+    keys = keys_like(50, (1, 50), 1, query_dim=10, **ESTIMATE)
+    fill_estimates(keys, ff, fit, neuron_n)
+    z_tf = x_td @ (u_fd if ff.gate_fd is None else ff.gate_fd).T + (0 if gated else bias_f)
+    torch.testing.assert_close(keys.products(x_td)[:, 0, 1:], z_tf[:, neuron_n], rtol=1e-6, atol=1e-6)
+    scale_f = v_fd.norm(dim=1) * ((x_td @ u_fd.T + bias_f).abs().mean(0) if gated else 1.0)
+    size_tf = torch.nn.functional.silu(z_tf).abs() * scale_f
+    common = size_tf[:, neuron_n] > 1e-3  # of the others the least deviation there is makes something
+    score_tn = keys.sub_scores(x_td)[1][:, 0]
+    torch.testing.assert_close(score_tn.exp()[common], size_tf[:, neuron_n][common], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_deviation_is_what_a_short_query_leaves_out() -> None:
+    """Of all tokens that the fit saw; and truncating a query adds what it drops."""
+    ff = feedforward(normals(60, 10), normals(60, 10), normals(60, 10), activation="silu")
+    x_td = normals(500, 10) @ normals(10, 10) + normals(10)
+    fit = fit_router(ff, x_td)
+    for rank in (2, 5, 9):
+        keys = keys_like(60, (1, 60), 1, query_dim=rank, **ESTIMATE)
+        fill_estimates(keys, ff, fit, torch.arange(60))
+        assert ff.gate_fd is not None
+        left_tf = x_td @ ff.gate_fd.T - keys.products(x_td)[:, 0, 1:]
+        assert keys.deviation is not None
+        torch.testing.assert_close(keys.deviation.data, left_tf.std(0, correction=0), rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(left_tf.mean(0), torch.zeros(60).double(), rtol=0, atol=1e-8)
+        if rank == 9:
+            short = keys_like(60, (1, 60), 1, query_dim=5, **ESTIMATE)
+            fill_estimates(short, ff, fit, torch.arange(60))
+            assert truncate(keys, fit, 5) == 5
+            torch.testing.assert_close(keys.sub_scores(x_td)[1], short.sub_scores(x_td)[1], rtol=1e-6, atol=1e-8)

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -480,7 +481,7 @@ def test_the_plan_counts_what_trains(here: Path) -> None:
 
     model: Any = load_for_eval("peer").model
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
-    counts = {name: p.numel() for name, p in model.named_parameters() if ".rerank_" not in name}
+    counts = {name: p.numel() for name, p in model.named_parameters() if not re.search("rerank_|deviation", name)}
     peer = sum(count for name, count in counts.items() if ".mlp." in name)
     assert [stage["trainable"] for stage in plan["stages"]] == [peer, sum(counts.values())]
     size = sum(path.stat().st_size for path in Path("peer-healed-run").rglob("*") if path.is_file())

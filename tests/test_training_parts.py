@@ -239,11 +239,16 @@ def peer(**options: Any) -> PEER:
         "gated": True,
         "candidates": 6,
         "rerank": "gate",
+        "grid": (4, 4),
+        "num_heads": 3,
     }
-    return PEER(12, 46, (4, 4), 3, 4, **(settings | options))
+    return PEER(12, 46, topk=4, **(settings | options))
 
 
 PLAIN = {"candidates": None, "rerank": None}
+ESTIMATING = {
+    "grid": (1, 46), "num_heads": 1, "query_dim": 5, "share_query": True, "estimate": True, "rerank": "up",
+}  # fmt: skip
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"rerank": "up"},
@@ -251,6 +256,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_shared": 5, **PLAIN},
     {"gated": False, "activation": "relu", "rerank": "up", "expert_bias": True, "output_bias": True},
     {"joint_topk": False, **PLAIN},
+    ESTIMATING,
 ]
 
 
@@ -354,12 +360,14 @@ def test_the_record_shows_use_balance_and_scores(gates: str) -> None:
 def test_balance_terms_even_out_retrieval() -> None:
     """Both the loss and the bias bring a lopsided router nearer to uniform."""
     x = torch.randn(200, 12)
-    for method in ("loss", "bias"):
-        layer = peer(**PLAIN)
-        assert layer.keys.sub_key_bias is not None
-        layer.keys.sub_key_bias.data[:, 0] += 6.0
+    for method, options in [("loss", PLAIN), ("bias", PLAIN), ("bias", ESTIMATING)]:
+        layer = peer(**options)
+        # What a key estimates need not grow with its bias: there the scale is moved.
+        bias = layer.keys.sub_key_bias if layer.keys.log_scale is None else layer.keys.log_scale
+        assert bias is not None
+        bias.data[..., 0] += 6.0
         model = nn.ModuleDict({"mlp": layer})
-        optimizer = torch.optim.SGD([layer.keys.sub_key_bias], lr=3.0)
+        optimizer = torch.optim.SGD([bias], lr=3.0)
         unevenness = []
         with Router(model, temperature=0.3) as router:
             router.recording = True
@@ -371,8 +379,8 @@ def test_balance_terms_even_out_retrieval() -> None:
                     router.losses()[0].backward()
                     optimizer.step()
                 else:
-                    layer.keys.sub_key_bias.data += 0.1 * router.load_steps()["mlp"]
-        assert unevenness[-1] < 0.7 * unevenness[0], method
+                    bias.data += 0.1 * router.load_steps()["mlp"]
+        assert unevenness[-1] < 0.7 * unevenness[0], (method, options)
 
 
 # Groups and optimizers
@@ -401,6 +409,11 @@ def test_groups_have_their_own_rates_and_only_matrices_decay() -> None:
     assert all(".mlp.keys." in name for name in found["router"]["names"])
     fixed = [name for name, _ in model.named_parameters() if ".rerank_" in name]  # never reached by a gradient
     assert sum(len(group["params"]) for group in found.values()) == len(list(model.parameters())) - len(fixed)
+    model = nn.ModuleDict({"mlp": peer(**ESTIMATING)})
+    groups.select_trainable(model, stage)
+    (router,) = (group for group in groups.parameter_groups(model, stage) if group["name"] == "router")
+    names = {name.rpartition("keys.")[2] for name in router["names"]}
+    assert names == {"query_proj.weight", "sub_keys", "sub_key_bias", "log_scale"}  # not the measured deviation
 
 
 @pytest.mark.parametrize(("train", "trains"), [("peer", {"pool", "keys"}), ("full", {"pool", "keys", "other"})])

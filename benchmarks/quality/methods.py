@@ -32,10 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-refit": {"refit": False},
     "no-rerank": {"rerank": "none"},
     "closed-form": {"refine_steps": 0, "refit": False, "rerank": "none"},
+    "linear-scores": {"estimate": False},
     "product-keys": {"share_query": False},
     "product-keys-32": {"num_heads": 32},
     "uniform": {"allocation": "uniform"},
-    "sensitivity": {"allocation": "sensitivity"},
     "peer-paper": {"preset": "peer-paper"},
 }
 """Options of `PeerConfig` by name; the active share is added to them."""

@@ -93,6 +93,8 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
             trains = False
         if group == EXPERTS and (stage.optimizer.experts_scale == 0 or ".rerank_" in name):
             trains = False  # what re-ranks is never reached by a gradient
+        if group == ROUTER and name.endswith(".deviation"):
+            trains = False  # measured, not learned
         parameter.requires_grad_(trains)
     return model
 

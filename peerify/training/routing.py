@@ -187,7 +187,8 @@ class Router:
 
     @torch.no_grad()
     def load_steps(self) -> dict[str, Tensor]:
-        """Path -> direction, -1 to 1, in which each sub-key's bias should move to even out retrieval: (h, m).
+        """Path -> direction, -1 to 1, in which each sub-key's bias should move to even out retrieval: (h, m); of keys
+        that estimate sizes, these: (n,).
 
         Auxiliary-loss-free balancing, 2408.15664, eq. 3, on rows and columns, in spreads of the scores.
         """
@@ -197,6 +198,9 @@ class Router:
             parts = []
             for score, share in zip((seen.row_tha, seen.column_thb), self._shares(path), strict=True):
                 parts.append((1 / score.shape[-1] - share).sign() * score.std())
+            if keys.act is not None:
+                steps[path] = parts[1].flatten()
+                continue
             step_hm = torch.cat(parts, dim=-1)
             steps[path] = step_hm if len(step_hm) == len(keys.sub_keys) else step_hm.expand(len(keys.sub_keys), -1)
         return steps
