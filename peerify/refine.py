@@ -138,15 +138,15 @@ class _Router:
             if keys.sub_key_bias is not None:
                 keys.sub_key_bias.copy_(bias_hm)
             spread = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
-            self.temperature, slope = TEMPERATURE * spread, x_td.new_zeros(1)
-            if layer.pool.rerank_slope is not None:
-                slope = layer.pool.rerank_slope.detach().clone()
-            if keys.act is None:
-                self.temperature, slope = TEMPERATURE, x_td.new_tensor([SLOPE])
+            if keys.act is not None:
+                self.temperature, slope = TEMPERATURE * spread, layer.pool.rerank_slope
+            else:
+                self.temperature, slope = TEMPERATURE, None
                 keys.sub_keys.div_(spread)
                 if keys.sub_key_bias is not None:
                     keys.sub_key_bias.div_(spread)
-        self.slope = slope.requires_grad_()
+        start = x_td.new_tensor([SLOPE]) if slope is None else slope.detach().clone()
+        self.slope = start.requires_grad_()
         self.log_scale_n = None
         if layer.pool.rerank_scale is not None:
             self.log_scale_n = layer.pool.rerank_scale.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()

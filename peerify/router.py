@@ -46,7 +46,8 @@ class RouterFit:
     probe_scale_f: dict[str, Tensor]
     """For each projection that can re-rank, "up" and "gate": E|other factor| ||v_f||."""
     up_f: Tensor
-    """Mean size of the factor that has no activation function: E|up factor|, 1 for plain neurons."""
+    """Mean size of the factor that has no activation function: E|up factor|, of dead neurons a little above 0, since
+    it is divided by; 1 for plain neurons."""
 
 
 def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
@@ -88,7 +89,9 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         mean_d=mean_d,
         factor_dd=factor_dd,
         probe_scale_f=scale,
-        up_f=torch.ones_like(up_f) if ff.gate_fd is None else up_f / tokens,
+        up_f=torch.ones_like(up_f)
+        if ff.gate_fd is None
+        else up_f.clamp_min(1e-4 * float(up_f.mean()) + 1e-30) / tokens,
     )
 
 

@@ -256,13 +256,13 @@ def test_scores_that_estimate_sizes() -> None:
         keys = ProductKeys(6, 9, (1, 9), 1, **options, estimate=activation).double()
         randomise(keys, 2)
         assert keys.log_scale is not None
+        assert keys.deviation is not None
         z_tn = keys.products(x_td)[:, 0, 1:]
         if activation == "linear":
-            assert keys.deviation is not None
             square_tn = z_tn.square() + keys.deviation.square()
             rtol = 1e-9
         else:
-            keys.deviation.data *= 0.5  # type: ignore[union-attr]
+            keys.deviation.data *= 0.5
             e = normals(20_000, seed=3)[:, None, None] * keys.deviation
             square_tn = getattr(F, activation)(z_tn + e).square().mean(0)
             rtol = 0.15

@@ -238,6 +238,15 @@ def test_long_queries_estimate_exactly(gated: bool) -> None:
     torch.testing.assert_close(score_tn.exp()[common], size_tf[:, neuron_n][common], rtol=1e-3, atol=1e-5)
 
 
+def test_a_dead_neuron_has_a_finite_scale() -> None:
+    """Its size is divided by what the other factor says on average, which is 0."""
+    u_fd = normals(60, 10)
+    u_fd[7] = 0
+    fit = fit_router(feedforward(u_fd, normals(60, 10), normals(60, 10), activation="silu"), normals(50, 10))
+    assert (1 / fit.up_f).isfinite().all()
+    assert (1 / fit.up_f).argmax() == 7
+
+
 @torch.no_grad()
 def test_the_deviation_is_what_a_short_query_leaves_out() -> None:
     """Of all tokens that the fit saw; and truncating a query adds what it drops."""
