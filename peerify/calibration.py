@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peerify.errors import ConversionError
 from peerify.feedforward import Site
+from peerify.precision import fast_products
 
 Batch = dict[str, Any]
 BATCH_TOKENS = 2048
@@ -165,10 +166,11 @@ class _Call:
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        if self.name is None:
-            output = block(hidden, *self.args, **self.kwargs)
-        else:
-            output = block(*self.args, **{self.name: hidden}, **self.kwargs)
+        with fast_products(hidden):
+            if self.name is None:
+                output = block(hidden, *self.args, **self.kwargs)
+            else:
+                output = block(*self.args, **{self.name: hidden}, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peerify.masks import cell_scores, lowered, threshold
+from peerify.masks import among_logs, among_sizes, at_least, cell_scores, threshold
 from peerify.modeling_peer import PEER, ProductKeys
+from peerify.precision import fast_products
 
 BATCH = 512  # tokens
 PASSES = 2  # over the calibration text, unless the number of steps is given
@@ -65,7 +66,6 @@ def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) 
     learned = router.learned() + [(table, EXPERT_RATE * _spread(table)) for table in tables if table is not None]
     groups = [{"params": [tensor], "rate": rate} for tensor, rate in learned]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    half = x_td.dtype == torch.float32 and _has_fast_bfloat16(x_td.device)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(steps):
@@ -75,7 +75,7 @@ def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) 
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
         optimizer.zero_grad()
-        with torch.autocast(x_td.device.type, torch.bfloat16, enabled=half):
+        with fast_products(x_td):
             loss = _loss(layer, router, x_td[batch], target_td[batch])
         loss.backward()
         optimizer.step()
@@ -92,10 +92,10 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     with torch.no_grad():
         gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
         total_t1 = size_tn.square().sum(1, keepdim=True).clamp_min(tiny)
-    candidate_tn, missed_tn = torch.ones_like(score_tn, dtype=torch.bool), torch.zeros_like(score_tn)
+    candidate_tn, missed_tn = torch.ones_like(size_tn), torch.zeros_like(size_tn)
     if layer.candidates < score_tn.shape[1]:  # else scores only help to re-rank
         level_t1 = threshold(score_tn, layer.candidates)
-        candidate_tn = score_tn.detach() >= level_t1
+        candidate_tn = at_least(score_tn, level_t1)
         missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, router.temperature)
     kept_tn = candidate_tn
     if router.log_scale_n is not None and layer.shortlist < layer.candidates:
@@ -103,18 +103,18 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
             probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
             probed_tn = pool._size(probe_tn).clamp_min(1e-30).log()
         worth_tn = probed_tn + router.log_scale_n + router.slope * score_tn
-        among_tn = lowered(worth_tn, ~candidate_tn)
+        among_tn = among_logs(worth_tn, candidate_tn)
         least_t1 = threshold(among_tn, layer.shortlist)
-        kept_tn = among_tn.detach() >= least_t1
+        kept_tn = at_least(among_tn, least_t1)
         # Being a candidate pays for those that would be shortlisted; being shortlisted, for those that are candidates.
-        missed_tn = missed_tn * (worth_tn.detach() >= least_t1)
+        missed_tn = missed_tn * at_least(worth_tn, least_t1)
         cut_tn = 1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, router.temperature)
         missed_tn = missed_tn + cut_tn * candidate_tn
     if layer.topk < layer.shortlist:
         # Of the shortlisted, those that contribute most are added up: what is not among them is not missed.
-        last_t1 = threshold(size_tn * kept_tn, layer.topk)
-        gain_tn = size_tn * (size_tn >= last_t1)
-        kept_tn = kept_tn & (size_tn >= last_t1)
+        last_t1 = threshold(among_sizes(size_tn, kept_tn), layer.topk)
+        large_tn = at_least(size_tn, last_t1)
+        gain_tn, kept_tn = size_tn * large_tn, kept_tn * large_tn
     weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
     y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
     error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
@@ -195,13 +195,6 @@ def _spread(table: Tensor) -> float:
     return float(table.detach().std()) if table.numel() > 1 else 0.0
 
 
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32; masters and sums stay float32."""
-    if device.type == "cpu":  # torch has no public word for it
-        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 class SoftTopK(torch.autograd.Function):
     """m_i = sigmoid((s_i - tau) / T) with tau such that each row sums to k; gradients pass through tau as well."""
 
@@ -209,13 +202,14 @@ class SoftTopK(torch.autograd.Function):
     def forward(ctx: Any, score_tn: Tensor, k: int, tau_t1: Tensor, temperature: float) -> Tensor:
         """(t, n) in and out; `tau_t1` is where to begin, the k-th largest score."""
         for _ in range(NEWTON_STEPS):
-            m_tn = torch.sigmoid((score_tn - tau_t1) / temperature)
-            slope_t1 = (m_tn * (1 - m_tn)).sum(1, keepdim=True) / temperature
-            step_t1 = ((m_tn.sum(1, keepdim=True) - k) / slope_t1.clamp_min(1e-6)).clamp(-temperature, temperature)
+            m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
+            sum_t1 = m_tn.sum(1, keepdim=True)
+            slope_t1 = (sum_t1 - m_tn.square_().sum(1, keepdim=True)) / temperature
+            step_t1 = ((sum_t1 - k) / slope_t1.clamp_min(1e-6)).clamp(-temperature, temperature)
             tau_t1 = tau_t1 + step_t1
             if float(step_t1.abs().max()) < ENOUGH * temperature:
                 break
-        m_tn = torch.sigmoid((score_tn - tau_t1) / temperature)
+        m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
         ctx.save_for_backward(m_tn)
         ctx.temperature = temperature
         return m_tn
@@ -225,6 +219,6 @@ class SoftTopK(torch.autograd.Function):
         """d m_i / d s_j = w_i (delta_ij - w_j / sum w) / T with w = m (1 - m)."""
         (grad_tn,) = grads
         (m_tn,) = ctx.saved_tensors
-        weight_tn = m_tn * (1 - m_tn)
+        weight_tn = torch.addcmul(m_tn, m_tn, m_tn, value=-1)
         mean_t1 = (grad_tn * weight_tn).sum(1, keepdim=True) / weight_tn.sum(1, keepdim=True).clamp_min(1e-12)
-        return (grad_tn - mean_t1) * weight_tn / ctx.temperature, None, None, None
+        return (grad_tn - mean_t1).mul_(weight_tn).div_(ctx.temperature), None, None, None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peerify.masks import activations, project
 from peerify.modeling_peer import PEER
+from peerify.precision import fast_products, product_dtype
 
 CHUNK_ELEMENTS = 4_000_000  # of the (tokens, n) activations computed at a time
 KEPT_ELEMENTS = 250_000_000  # of them kept (1 GB) rather than computed again
@@ -40,49 +41,60 @@ def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) ->
     def all_activations() -> Iterator[Tensor]:
         yield from kept if kept is not None else (_activations(layer, x) for x in chunks)
 
-    bias = 0.0 if layer.bias is None else layer.bias
+    def experts_td() -> Tensor:
+        with fast_products(x_td):
+            return torch.cat([(a_tn @ layer.pool.v).to(x_td.dtype) for a_tn in all_activations()])
+
+    y_td, bias = experts_td(), 0.0 if layer.bias is None else layer.bias
     if refit and layer.num_experts <= LARGEST_GRAM:
-        _ridge(layer, all_activations(), target_td - bias)
-    return torch.cat([a_tn @ layer.pool.v for a_tn in all_activations()]) + bias
+        missing_td = target_td - bias
+        if layer.gates != "unit":
+            # Such gates shrink every expert: first the one factor that undoes it best, then each vector by itself.
+            tiny = torch.finfo(x_td.dtype).tiny
+            factor = float((y_td * missing_td).sum()) / max(float(y_td.square().sum()), tiny)
+            layer.pool.v.data.mul_(factor)
+            y_td *= factor
+        layer.pool.v.data.add_(_ridge(all_activations(), missing_td - y_td, layer.num_experts))
+        y_td = experts_td()
+    return y_td + bias
 
 
 def _activations(layer: PEER, x_td: Tensor) -> Tensor:
-    if layer.gates != "unit":
-        return layer.activations(x_td)
-    return activations(layer, project(layer, x_td))
+    with fast_products(x_td):
+        a_tn = layer.activations(x_td) if layer.gates != "unit" else activations(layer, project(layer, x_td))
+    return a_tn.to(product_dtype(x_td))
 
 
-def _ridge(layer: PEER, activations: Iterator[Tensor], target_td: Tensor) -> None:
-    """Ridge regression from second moments; how strongly to shrink is decided on held-out tokens."""
-    experts, d_model = layer.num_experts, target_td.shape[1]
-    gram_snn, moment_snd = target_td.new_zeros(2, experts, experts), target_td.new_zeros(2, experts, d_model)
-    run = min(RUN, max(1, len(target_td) // HELD_OUT))
-    held_out_t = torch.arange(len(target_td), device=target_td.device) // run % HELD_OUT == HELD_OUT - 1
+def _ridge(activations: Iterator[Tensor], missing_td: Tensor, experts: int) -> Tensor:
+    """What to add to the output vectors (n, d), by ridge regression of what the output misses on the activations.
+
+    How strongly to shrink is decided on held-out tokens.
+    """
+    d_model = missing_td.shape[1]
+    run = min(RUN, max(1, len(missing_td) // HELD_OUT))
+    held_out_t = torch.arange(len(missing_td), device=missing_td.device) // run % HELD_OUT == HELD_OUT - 1
+    gram_snn, moment_snd = missing_td.new_zeros(2, experts, experts), missing_td.new_zeros(2, experts, d_model)
     start = 0
     for a_tn in activations:
-        target, held_out = (whole[start : start + len(a_tn)] for whole in (target_td, held_out_t))
+        missing, held_out = (whole[start : start + len(a_tn)] for whole in (missing_td, held_out_t))
         for part, chosen in enumerate((~held_out, held_out)):
-            gram_snn[part].addmm_(a_tn[chosen].T, a_tn[chosen])
-            moment_snd[part].addmm_(a_tn[chosen].T, target[chosen])
+            a, wanted = a_tn[chosen], missing[chosen]
+            with fast_products(missing_td):
+                gram_snn[part] += a.T @ a
+                moment_snd[part] += a.T @ wanted
         start += len(a_tn)
-    v_nd = layer.pool.v.data
-    if layer.gates != "unit":
-        # Such gates shrink every expert: first the one factor that undoes it best, then each vector by itself.
-        fitted = float((v_nd * (gram_snn.sum(0) @ v_nd)).sum())
-        v_nd.mul_(float((v_nd * moment_snd.sum(0)).sum()) / max(fitted, torch.finfo(v_nd.dtype).tiny))
 
     def change(gram_nn: Tensor, moment_nd: Tensor, shrinkage: float) -> Tensor:
         energy_n = gram_nn.diagonal()
-        penalty_n = shrinkage * energy_n + 1e-3 * energy_n.mean() + torch.finfo(v_nd.dtype).tiny
+        penalty_n = shrinkage * energy_n + 1e-3 * energy_n.mean() + torch.finfo(gram_nn.dtype).tiny
         factor_nn = torch.linalg.cholesky(gram_nn.diagonal_scatter(energy_n + penalty_n))
-        return torch.cholesky_solve(moment_nd - gram_nn @ v_nd, factor_nn)
+        return torch.cholesky_solve(moment_nd, factor_nn)
 
     def loss_held_out(shrinkage: float) -> float:
-        fitted_nd = v_nd + change(gram_snn[0], moment_snd[0], shrinkage)
-        return float((fitted_nd * (gram_snn[1] @ fitted_nd - 2 * moment_snd[1])).sum())
+        change_nd = change(gram_snn[0], moment_snd[0], shrinkage)
+        return float((change_nd * (gram_snn[1] @ change_nd - 2 * moment_snd[1])).sum())
 
-    best = min(SHRINKAGES, key=loss_held_out)
-    v_nd.add_(change(gram_snn.sum(0), moment_snd.sum(0), best))
+    return change(gram_snn.sum(0), moment_snd.sum(0), min(SHRINKAGES, key=loss_held_out))
 
 
 def relative_error(y_td: Tensor, wanted_td: Tensor) -> float:

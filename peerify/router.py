@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from peerify.clustering import two_way
 from peerify.dense import FeedForward
 from peerify.modeling_peer import ProductKeys
+from peerify.precision import fast_products
 
 CHUNK = 2048  # tokens at a time: bounds the (tokens, d_ff) activations in memory
 # Coordinates of neurons to be clustered: more are projected on so many random directions. Distances then change by a
@@ -59,18 +60,18 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
     importance_f, peak_f, up_f, gate_f = (x_td.new_zeros(d_ff) for _ in range(4))
     sizes_t: list[Tensor] = []
     for x in x_td.split(CHUNK):
-        up_tf, act_tf = ff.factors(x)
-        importance_tf = (up_tf * act_tf).abs_() if act_tf is not None else up_tf.abs()
-        importance_tf *= norm_f
         centred = x - mean_d
-        second_dd.addmm_(centred.T, centred)
-        cross_df.addmm_(centred.T, importance_tf)
+        second_dd.addmm_(centred.T, centred)  # to be inverted
+        with fast_products(x):
+            up_tf, act_tf = ff.factors(x)
+            importance_tf = (up_tf if act_tf is None else up_tf * act_tf).to(x.dtype).abs_().mul_(norm_f)
+            cross_df += centred.T @ importance_tf
         importance_f += importance_tf.sum(0)
         peak_f = torch.maximum(peak_f, importance_tf.amax(0))
         sizes_t.append(importance_tf.norm(dim=1))
         if act_tf is not None:
-            up_f += up_tf.abs().sum(0)
-            gate_f += act_tf.abs().sum(0)
+            up_f += up_tf.abs().sum(0, dtype=x.dtype)
+            gate_f += act_tf.abs().sum(0, dtype=x.dtype)
     tokens = len(x_td)
     covariance_dd, cross_df = second_dd / tokens, cross_df / tokens
     # Standardising the input and adding RIDGE to its correlation matrix, written on the covariance itself.

@@ -53,7 +53,9 @@ def test_fit_is_ridge_regression() -> None:
     z = (x_td - x_td.mean(0)) / std
     ridge = torch.linalg.solve(z.T @ z / tokens + 0.1 * torch.eye(d_model), z.T @ importance / tokens)
     predicted = z @ ridge + importance.mean(0)
-    torch.testing.assert_close(x_td @ fit.key_fd.T + fit.bias_f, predicted, rtol=1e-3, atol=1e-4 * float(importance.std()))
+    torch.testing.assert_close(
+        x_td @ fit.key_fd.T + fit.bias_f, predicted, rtol=1e-3, atol=1e-4 * float(importance.std())
+    )
     torch.testing.assert_close(fit.mean_score_f, importance.mean(0))
     torch.testing.assert_close(fit.probe_scale_f["up"], act.abs().mean(0) * ff.v_fd.norm(dim=1))
     torch.testing.assert_close(fit.probe_scale_f["gate"], up.abs().mean(0) * ff.v_fd.norm(dim=1))

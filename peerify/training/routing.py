@@ -122,7 +122,7 @@ class Router:
             level, found_tn, kept_tn = selected(layer, Projected(score_thn, u_tn, gate_tn, a_tn))
             if self.recording:
                 self._record(path, layer, scores, None, found_tn)
-            weight_tn = (found_tn & kept_tn).to(u_tn.dtype)
+            weight_tn = (found_tn * kept_tn).to(u_tn.dtype)
             if shared:
                 weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
         if temperature is None:
