@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 FAR_BELOW = 1e5  # of logarithms; differences of .01 are still seen there
 
 

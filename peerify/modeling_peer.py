@@ -38,7 +38,10 @@ FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_
 
 
 def best(score: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the `k` largest along the last dimension, in no order."""
+    """Indices of the `k` largest along the last dimension, in no order.
+
+    Many equal values make it several times as slow on a CPU.
+    """
     if score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         place = score.shape[-1] - k
         index = np.argpartition(score.detach().numpy(), place, axis=-1)  # several times as fast as topk
@@ -345,7 +348,8 @@ class ExpertPool(nn.Module):
             weight_tn = self._spread(x_td, found, probe_tn, shortlist)
         if self.rerank_norm is not None and keep < shortlist:
             routed = slice(self.num_shared, None)
-            size_tn = self._contribution((a_tn * weight_tn)[:, routed], self.rerank_norm[routed])
+            size_tn = self._contribution(a_tn[:, routed], self.rerank_norm[routed])
+            size_tn *= weight_tn[:, routed].abs().to(size_tn.dtype) - 1e-12  # negative for those out; see `best`
             kept_tn = torch.zeros_like(size_tn).scatter_(1, best(size_tn, keep), 1.0)
             weight_tn = weight_tn * F.pad(kept_tn.to(weight_tn.dtype), (self.num_shared, 0), value=1.0)
         return a_tn, weight_tn
@@ -397,7 +401,7 @@ class ExpertPool(nn.Module):
     def worth(
         self, probe: torch.Tensor, weight: torch.Tensor, score: torch.Tensor | None, scale: torch.Tensor
     ) -> torch.Tensor:
-        """Logarithm of an expert's estimated contribution, to re-rank by; -inf where its weight is 0.
+        """Logarithm of an expert's estimated contribution, to re-rank by; below all others where its weight is 0.
 
         Args:
             probe: its probed projection.
@@ -406,7 +410,8 @@ class ExpertPool(nn.Module):
         """
         size = self._size(probe)
         size = size if size.dtype == torch.float64 else size.float()
-        worth = (size * scale).mul_(weight.abs()).log_()  # in place: memory is what this costs
+        out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
+        worth = (size * scale).mul_(weight.abs() + out).log_().sub_(out, alpha=1e5)  # in place: memory costs most
         return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
