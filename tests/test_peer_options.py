@@ -1,0 +1,96 @@
+"""What a PEER layer's options cost, and which of them contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peerify.modeling_peer import PEER
+
+
+@pytest.mark.parametrize(
+    ("options", "active", "router"),
+    [
+        # plain: 2 vectors of 32 neurons; 3 heads x 2 experts read u and v
+        ({"num_heads": 3, "topk": 2, "query_dim": 4}, 12 / 64, (3 * 4 * 10 + 3 * (4 + 8) * 2) / (64 * 10)),
+        # one probe of 3 x 5 candidates, then the other vector of 3 x 2
+        (
+            {"num_heads": 3, "topk": 2, "candidates": 5, "rerank": "up", "gates": "unit", "query_dim": 4},
+            (15 + 6) / 64,
+            (3 * 4 * 10 + 3 * 12 * 2) / 640,
+        ),
+        (
+            {"num_heads": 1, "topk": 6, "candidates": 20, "rerank": "gate", "gates": "unit", "gated": True},
+            (20 + 2 * 6) / 96,
+            12 * 10 / 960,
+        ),
+        ({"num_heads": 1, "topk": 6, "gated": True, "num_experts": 37, "num_shared": 5}, 33 / 96, 12 * 10 / 960),
+        # heads with pools of their own, the last one smaller: at most all 60 experts
+        (
+            {"num_heads": 2, "topk": 32, "share_pool": False, "share_keys": False, "num_experts": 60},
+            60 / 32,
+            2 * 12 / 64,
+        ),
+        ({"num_heads": 1, "topk": 32, "gates": "unit"}, 1.0, 0.0),
+        (
+            {"num_heads": 1, "topk": 8, "candidates": 32, "gated": True, "gates": "unit", "rerank": "up"},
+            (8 * 2 + 32) / 96,
+            12 * 10 / 960,  # all are candidates: scores have a say in which of them are kept,
+        ),
+        (
+            {"num_heads": 2, "topk": 8, "candidates": 16, "gated": True, "gates": "unit", "rerank": "up"}
+            | {"share_keys": False},
+            (16 * 2 + 32) / 96,
+            0.0,  # unless an expert has several
+        ),
+        (
+            {
+                "num_heads": 1,
+                "topk": 6,
+                "shortlist": 9,
+                "candidates": 20,
+                "rerank": "up",
+                "gates": "unit",
+                "gated": True,
+            },
+            (20 + 9 + 6) / 96,
+            12 * 10 / 960,
+        ),
+        ({"num_heads": 1, "topk": 32, "gates": "softmax"}, 1.0, 12 / 64),
+    ],
+)
+def test_compute_by_hand(options: dict[str, Any], active: float, router: float) -> None:
+    layer = PEER(**{"d_model": 10, "num_experts": 32, "grid": (4, 8), "d_ff": 32} | options)
+    assert layer.active_fraction == pytest.approx(active)
+    assert layer.router_fraction == pytest.approx(router)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": "relu"}, "gates"),
+        ({"topk": 0}, "topk"),
+        ({"candidates": 1}, "candidates"),
+        ({"candidates": 3}, "rerank"),
+        ({"candidates": 3, "rerank": "up", "gates": "softmax"}, "softmax"),
+        ({"shortlist": 1}, "shortlist"),
+        ({"shortlist": 4, "candidates": 3, "rerank": "up", "gated": True}, "shortlist"),
+        ({"shortlist": 3, "gated": True}, "rerank"),
+        ({"shortlist": 3, "rerank": "up", "gates": "unit"}, "gated"),
+        ({"rerank": "gate"}, "rerank"),
+        ({"rerank": "down"}, "rerank"),
+        ({"joint_topk": True}, "joint_topk"),
+        ({"num_shared": 1}, None),  # one spare cell is fine
+        ({"num_shared": 12}, "does not fit"),
+        ({"num_heads": 2}, "share_keys"),
+        ({"query_norm": True}, "query_dim"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], message: str | None) -> None:
+    options = {"d_model": 4, "num_experts": 12, "grid": (3, 4), "num_heads": 1, "topk": 2} | options
+    if message is None:
+        PEER(**options)
+    else:
+        with pytest.raises(ValueError, match=message):
+            PEER(**options)
