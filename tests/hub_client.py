@@ -95,3 +95,7 @@ def copy(folder: Path, to: Path) -> Path:
 def record(folder: Path) -> dict[str, Any]:
     """peerify.json."""
     return dict(json.loads((folder / "peerify.json").read_text()))
+
+
+def hub_card(hub: Hub, revision: str = "main") -> str:
+    return hub.repos["user/model"].files(revision)["README.md"].data.decode()
