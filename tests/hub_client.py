@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,31 @@ def record(folder: Path) -> dict[str, Any]:
 
 def hub_card(hub: Hub, revision: str = "main") -> str:
     return hub.repos["user/model"].files(revision)["README.md"].data.decode()
+
+
+def nothing_published(hub: Hub) -> bool:
+    repo = hub.repos.get("user/model")
+    return repo is None or hub.writes("user/model") == []
+
+
+def driver(hub: Hub, folder: Path, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process that pushes `folder` and prints whether it took a commit."""
+    code = (
+        "import sys; from pathlib import Path; from peerify import publishing, transfer\n"
+        "folder = Path(sys.argv[1])\n"
+        "print(transfer.transfer(folder, 'user/model', publishing.check_folder(folder)).new)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | hub.environment(tmp_path / "home") | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
