@@ -24,6 +24,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from dense_checkpoint import dense  # noqa: E402, F401
 from hub_client import folder, hub, model  # noqa: E402, F401
 
 torch.set_num_threads(1)

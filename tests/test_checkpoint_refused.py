@@ -1,0 +1,218 @@
+"""Opening models: every refusal against a really broken file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dense_checkpoint import edit_json, one_sentence, refusal, shards, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from peerify import checkpoint
+from peerify.checkpoint import load_dense, load_skeleton
+from peerify.errors import CheckpointError, UsageError
+
+
+def edit_header(path: Path, change: Callable[[dict], object]) -> None:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
+
+
+@pytest.mark.parametrize("source", ["/no/such/dir", "./nothing", "~/nothing", "nothing.gguf", ""])
+def test_missing_path(source: str) -> None:
+    assert "no such" in refusal(source)
+
+
+def test_missing_hub_model_offline() -> None:
+    assert "cannot be reached" in refusal("user/name")
+    assert "not a Hub id" in refusal("a/b/c")
+    assert "no such file or directory" in refusal(Path("user/name"))
+
+
+def test_file_that_is_no_model(dense: Path) -> None:
+    assert "neither a model directory" in refusal(shards(dense)[0])
+
+
+def test_no_config(dense: Path) -> None:
+    (dense / "config.json").unlink()
+    assert "no config.json" in refusal(dense)
+    (dense / "adapter_config.json").write_text("{}")
+    assert "PEFT adapter" in refusal(dense)
+    (dense / "adapter_config.json").unlink()
+    (dense / "x.gguf").touch()
+    assert "x.gguf" in refusal(dense)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "\x00\x01", '{"a": 1}'])
+def test_bad_config(dense: Path, text: str) -> None:
+    (dense / "config.json").write_text(text)
+    assert "config.json" in refusal(dense)
+    (dense / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert "not valid JSON" in refusal(dense)
+
+
+def test_impossible_config(dense: Path) -> None:
+    edit_json(dense / "config.json", num_attention_heads="many")
+    assert "dense" in refusal(dense)
+
+
+def test_unknown_architecture(dense: Path) -> None:
+    edit_json(dense / "config.json", model_type="tomorrow")
+    assert "'tomorrow'" in refusal(dense)
+
+
+def test_quantized(dense: Path) -> None:
+    edit_json(dense / "config.json", quantization_config={"quant_method": "gptq"})
+    assert "quantized (gptq)" in refusal(dense)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 40, -1, -700])
+def test_truncated_safetensors(dense: Path, keep: int) -> None:
+    path = shards(dense)[-1]
+    path.write_bytes(path.read_bytes()[:keep])
+    text = refusal(dense)
+    assert path.name in text
+    assert "truncated" in text
+
+
+def test_overlong_safetensors(dense: Path) -> None:
+    with shards(dense)[0].open("ab") as file:
+        file.write(b"x")
+    assert "corrupt" in refusal(dense)
+
+
+def test_corrupt_header(dense: Path) -> None:
+    path = shards(dense)[0]
+    raw = bytearray(path.read_bytes())
+    raw[8] = ord("x")
+    path.write_bytes(raw)
+    assert f"{path.name} has a corrupt safetensors header" in refusal(dense)
+    raw[:8] = b"\xff" * 8
+    path.write_bytes(raw)
+    assert "corrupt" in refusal(dense)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in refusal(dense)
+
+
+def test_header_that_lies_about_a_shape(dense: Path) -> None:
+    def double(header: dict) -> None:
+        next(entry for name, entry in header.items() if name != "__metadata__")["shape"][0] *= 2
+
+    edit_header(shards(dense)[0], double)
+    assert "corrupt safetensors header" in refusal(dense)
+
+
+def test_missing_shard(dense: Path) -> None:
+    gone = shards(dense)[1]
+    gone.unlink()
+    text = refusal(dense)
+    assert gone.name in text
+    assert "missing" in text
+
+
+def test_shard_without_its_tensor(dense: Path) -> None:
+    path = shards(dense)[0]
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    assert f"lacks the tensor {name}" in refusal(dense)
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"a": "../b.safetensors"}, {"a": 3}, None])
+def test_bad_index(dense: Path, weight_map: object) -> None:
+    edit_json(dense / "model.safetensors.index.json", weight_map=weight_map)
+    assert "index.json" in refusal(dense)
+
+
+def test_pickle_only(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    text = refusal(tmp_path)
+    assert "pytorch_model.bin" in text
+    assert "only .safetensors and .gguf" in text
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    assert "no weights" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
+def test_nonfinite_weights(tmp_path: Path, value: float, word: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.save_pretrained(tmp_path)
+    text = refusal(tmp_path)
+    assert "model.layers.1.mlp.up_proj.weight" in text
+    assert word in text
+
+
+def test_overflow_in_half_precision(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[0, 0] = -1e6
+    model.save_pretrained(tmp_path)
+    assert "infinite values in float16" in refusal(tmp_path, dtype="float16")
+    load_dense(tmp_path)
+
+
+def test_weights_that_would_be_random(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "no weights for model.layers.1.mlp.down_proj.weight" in refusal(tmp_path)
+
+
+def test_remote_code_runs_only_when_trusted(dense: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "ran"
+    (dense / "mine.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(proof)!r}).touch()\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    auto_map = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    edit_json(dense / "config.json", auto_map=auto_map)
+    assert type(load_dense(dense).model) is LlamaForCausalLM  # the architecture is known: no foreign code
+    edit_json(dense / "config.json", model_type="mine", architectures=["MyModel"])
+    assert "--trust-remote-code" in refusal(dense)
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        load_skeleton(dense)
+    assert not proof.exists()
+    assert type(load_dense(dense, trust_remote_code=True).model).__name__ == "MyModel"
+    assert type(load_skeleton(dense, trust_remote_code=True)).__name__ == "MyModel"
+    assert proof.exists()
+
+
+def test_wrong_options(dense: Path) -> None:
+    with pytest.raises(UsageError, match="float8"):
+        load_dense(dense, dtype="float8")
+    for device in ("warp", "cuda:99"):
+        with pytest.raises(UsageError, match=device) as error:
+            load_dense(dense, device=device)
+        one_sentence(error)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        _ = load_dense(tmp_path).tokenizer
+
+
+def test_old_transformers(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.transformers, "__version__", "4.57.1")
+    assert "pip install -U transformers" in refusal(dense)
