@@ -15,7 +15,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from checkpoints import text_file, tiny_checkpoint
-from hub_server import WRITER, Hub
+from hub_repos import WRITER
+from hub_server import Hub
 from huggingface_hub import constants
 
 from peerify import publishing, transfer

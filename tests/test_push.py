@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from hub_client import converted, hub_card, record, send, use
-from hub_server import READER, WRITER, Hub
+from hub_repos import READER, WRITER
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 from peerify import cli, loadback, publishing

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from hub_client import driver, nothing_published, send, use, wait_until
-from hub_server import EXPIRED, READER, WRITER, Fault, Hub
+from hub_repos import EXPIRED, READER, WRITER
+from hub_server import Fault, Hub
 
 from peerify import publishing
 from peerify.errors import PublishError

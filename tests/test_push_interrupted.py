@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from hub_client import converted, driver, nothing_published, send, use, wait_until
-from hub_server import EXPIRED, READER, WRITER, Hub
+from hub_repos import EXPIRED, READER, WRITER
+from hub_server import Hub
 
 from peerify import hub_calls, publishing
 from peerify.errors import PublishError

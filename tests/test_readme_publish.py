@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from checkpoints import text_file, tiny_checkpoint
 from hub_client import DENSE_CARD
-from hub_server import WRITER, File, Hub
+from hub_repos import WRITER, File
+from hub_server import Hub
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
