@@ -26,7 +26,7 @@ def killed_process() -> int:
 
 
 def test_push_and_load_back(folder: Path, hub: Hub, tmp_path: Path) -> None:
-    """Pushed and loaded back; then what lies on the Hub changes behind our back, and is found out."""
+    """Pushed, loaded back in a process of its own, and tagged; what a killed push left behind is gone."""
     stages: list[str] = []
     stale = tmp_path / "home" / "HF_HOME" / f"peerify-push-{platform.node()}-{killed_process()}-x"
     stale.mkdir(parents=True)
