@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FAR_BELOW = 1e5  # of logarithms; differences of .01 are still seen there
+from peerify.modeling_peer import FAR_BELOW
 
 
 def cell_scores(keys: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ def selected(layer: Any, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
     pool, shared = layer.pool, layer.num_shared
     score_thn, u_tn, gate_tn, a_tn = projected
     level = levels(layer, score_thn)
-    found_tn = at_least(score_thn, level).amax(1)
+    found_thn = at_least(score_thn, level)
+    found_tn = found_thn[:, 0] if found_thn.shape[1] == 1 else found_thn.amax(1)  # which would copy it slowly
     if not layer.chooses:  # all are, even where several heads that search one pool name some twice
         found_tn = torch.ones_like(found_tn)
     if pool.rerank is None:

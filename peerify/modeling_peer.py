@@ -36,6 +36,8 @@ from transformers.models.auto import configuration_auto
 
 FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 
+FAR_BELOW = 1e5  # in logarithms of sizes; differences of .01 are still seen there
+
 
 def best(score: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` largest along the last dimension, in no order.
@@ -411,7 +413,7 @@ class ExpertPool(nn.Module):
         size = self._size(probe)
         size = size if size.dtype == torch.float64 else size.float()
         out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
-        worth = (size * scale).mul_(weight.abs() + out).log_().sub_(out, alpha=1e5)  # in place: memory costs most
+        worth = (size * scale).mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)  # in place: memory costs most
         return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -45,18 +45,15 @@ def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) ->
         with fast_products(x_td):
             return torch.cat([(a_tn @ layer.pool.v).to(x_td.dtype) for a_tn in all_activations()])
 
-    y_td, bias = experts_td(), 0.0 if layer.bias is None else layer.bias
+    bias = 0.0 if layer.bias is None else layer.bias
     if refit and layer.num_experts <= LARGEST_GRAM:
-        missing_td = target_td - bias
+        v_nd, wanted_td = layer.pool.v.data, target_td - bias
         if layer.gates != "unit":
             # Such gates shrink every expert: first the one factor that undoes it best, then each vector by itself.
-            tiny = torch.finfo(x_td.dtype).tiny
-            factor = float((y_td * missing_td).sum()) / max(float(y_td.square().sum()), tiny)
-            layer.pool.v.data.mul_(factor)
-            y_td *= factor
-        layer.pool.v.data.add_(_ridge(all_activations(), missing_td - y_td, layer.num_experts))
-        y_td = experts_td()
-    return y_td + bias
+            y_td, tiny = experts_td(), torch.finfo(x_td.dtype).tiny
+            v_nd.mul_(float((y_td * wanted_td).sum()) / max(float(y_td.square().sum()), tiny))
+        v_nd.add_(_ridge(all_activations(), v_nd, wanted_td))
+    return experts_td() + bias
 
 
 def _activations(layer: PEER, x_td: Tensor) -> Tensor:
@@ -65,23 +62,23 @@ def _activations(layer: PEER, x_td: Tensor) -> Tensor:
     return a_tn.to(product_dtype(x_td))
 
 
-def _ridge(activations: Iterator[Tensor], missing_td: Tensor, experts: int) -> Tensor:
-    """What to add to the output vectors (n, d), by ridge regression of what the output misses on the activations.
+def _ridge(activations: Iterator[Tensor], v_nd: Tensor, wanted_td: Tensor) -> Tensor:
+    """What to add to the output vectors, by ridge regression of what the output misses on the activations.
 
     How strongly to shrink is decided on held-out tokens.
     """
-    d_model = missing_td.shape[1]
-    run = min(RUN, max(1, len(missing_td) // HELD_OUT))
-    held_out_t = torch.arange(len(missing_td), device=missing_td.device) // run % HELD_OUT == HELD_OUT - 1
-    gram_snn, moment_snd = missing_td.new_zeros(2, experts, experts), missing_td.new_zeros(2, experts, d_model)
+    run = min(RUN, max(1, len(wanted_td) // HELD_OUT))
+    held_out_t = torch.arange(len(wanted_td), device=wanted_td.device) // run % HELD_OUT == HELD_OUT - 1
+    gram_snn, moment_snd = v_nd.new_zeros(2, len(v_nd), len(v_nd)), v_nd.new_zeros(2, *v_nd.shape)
     start = 0
     for a_tn in activations:
-        missing, held_out = (whole[start : start + len(a_tn)] for whole in (missing_td, held_out_t))
-        for part, chosen in enumerate((~held_out, held_out)):
-            a, wanted = a_tn[chosen], missing[chosen]
-            with fast_products(missing_td):
+        wanted, held_out = (whole[start : start + len(a_tn)] for whole in (wanted_td, held_out_t))
+        with fast_products(wanted_td):
+            missing = wanted - a_tn @ v_nd
+            for part, chosen in enumerate((~held_out, held_out)):
+                a = a_tn[chosen]
                 gram_snn[part] += a.T @ a
-                moment_snd[part] += a.T @ wanted
+                moment_snd[part] += a.T @ missing[chosen]
         start += len(a_tn)
 
     def change(gram_nn: Tensor, moment_nd: Tensor, shrinkage: float) -> Tensor:

@@ -147,11 +147,13 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
 def test_allocated_conversion_spends_what_was_asked(family: str, seed: int) -> None:
     model = FAMILIES[family](seed)
     inputs = inputs_for(model, seed)
+    with torch.no_grad():  # a layer that matters less: of these random ones two may matter alike
+        model.get_submodule(find_feedforwards(model)[-1].down).weight.mul_(1e-2)
     conversion = convert(model, PeerConfig(active=0.5), [inputs])
     assert conversion.active_fraction == pytest.approx(0.5, abs=0.06)  # whole experts of a few dozen
     assert logits(model, inputs).isfinite().all()
     counts = [layer["topk"] * layer["num_heads"] for layer in conversion.layers.values()]
-    assert len(set(counts)) > 1
+    assert counts[-1] < max(counts)
 
 
 def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:

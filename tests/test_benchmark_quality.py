@@ -5,27 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import FAMILIES, inputs_for, logits, relative_error
-from torch import Tensor
-from torch.nn import functional as F
-
-from peerify import PeerConfig, convert, perplexity
-from peerify.calibration import token_batches
-from peerify.dense import FeedForward
-from peerify.errors import UsageError
-from peerify.feedforward import find_feedforwards, select_sites
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
-
 from baselines import (
     BASELINES,
     Masked,
@@ -40,8 +23,20 @@ from baselines import (
     install,
     install_in_order,
 )
+from checkpoints import VOCABULARY, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from methods import METHODS, Maker, conversion_code, parse_method
 from reference import Reference
+from tiny import FAMILIES, inputs_for, logits, relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+from peerify import PeerConfig, convert, perplexity
+from peerify.calibration import token_batches
+from peerify.dense import FeedForward
+from peerify.errors import UsageError
+from peerify.feedforward import find_feedforwards, select_sites
 
 SEED = 7
 

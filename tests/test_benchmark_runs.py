@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from checkpoints import random_text, text_file, tiny_checkpoint
-
-from peerify import PeerConfig, convert, perplexity
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
-
 import matrix
+import pytest
 import run
+from checkpoints import random_text, text_file, tiny_checkpoint
 from methods import Maker
 from summary import markdown
+
+from peerify import PeerConfig, convert, perplexity
 
 
 @pytest.fixture

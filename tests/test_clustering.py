@@ -66,8 +66,9 @@ def test_rows_no_larger_than_columns_help_too(seed: int) -> None:
 
 
 def test_heads_hold_clusters(seed: int) -> None:
-    """Points around four far centres: each centre's points share a head."""
-    centres = 20 * torch.randn(4, 10)
+    """Points around four far centres, the corners of an oblong: each centre's points share a head."""
+    corners = torch.cartesian_prod(torch.tensor([-1.0, 1.0]) * 60, torch.tensor([-1.0, 1.0]) * 20)
+    centres = corners @ torch.linalg.qr(torch.randn(10, 2)).Q.T
     label = torch.arange(4).repeat_interleave(30)[torch.randperm(120)]
     points = centres[label] + 0.1 * torch.randn(120, 10)
     order = arrange(points, 4, (5, 6), seed)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import peerify.modeling_peer as modeling
+import peerify.refit as fitting
 from peerify import calibration
 from peerify.config import PeerConfig
 from peerify.conversion import Conversion, convert
@@ -194,6 +195,18 @@ def test_gates_that_shrink_are_made_up_for(gates: str) -> None:
     layer, _, error = convert_layer(ff, data, config)
     assert layer.active_experts(data.x_td[:50]).all()
     assert error < 0.3
+
+
+def test_activations_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in any number of chunks: the same layer."""
+    ff, data = layer_problem()
+    layers = []
+    for chunk, kept in ((fitting.CHUNK_ELEMENTS, fitting.KEPT_ELEMENTS), (96 * 100, 0)):
+        monkeypatch.setattr(fitting, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(fitting, "KEPT_ELEMENTS", kept)
+        layer, _, _ = convert_layer(ff, data, PeerConfig(active=0.4))
+        layers.append((layer.pool.v, data.converted_td))
+    torch.testing.assert_close(layers[0], layers[1], rtol=1e-3, atol=1e-4)
 
 
 def test_refit_follows_the_correction() -> None:

@@ -109,15 +109,15 @@ def test_keys_of_single_experts_estimate_their_size() -> None:
     assert (kwargs["estimate"], kwargs["rerank"]) == (True, "up")
     assert plan(PeerConfig(rerank="none"), **shape)["estimate"]
     assert plan(PeerConfig(), **shape, gated=False, activation="relu")["estimate"]
-    others = [{"estimate": False}, {"gates": "sigmoid"}, {"rerank": "gate"}, {"share_query": False}]
-    for options in others:
-        kwargs = plan(PeerConfig(**options), **shape)  # type: ignore[arg-type]
+    others: list[dict[str, Any]] = [{"gates": "sigmoid"}, {"rerank": "gate"}, {"share_query": False}]
+    for options in [{"estimate": False}, *others]:
+        kwargs = plan(PeerConfig(**options), **shape)
         assert not kwargs["estimate"]
         assert kwargs["rerank"] == options.get("rerank", "auto")
     assert not plan(PeerConfig(), **shape, learned=True)["estimate"]  # such functions have parameters of their own
-    for options in others[1:]:
+    for options in others:
         with pytest.raises(ConversionError, match=r"model\.mlp: estimate is for unit gates"):
-            plan(PeerConfig(estimate=True, **options), **shape)  # type: ignore[arg-type]
+            plan(PeerConfig(**options | {"estimate": True}), **shape)
 
 
 def test_product_keys_on_request() -> None:

@@ -117,7 +117,8 @@ def test_the_record_shows_use_balance_and_scores(gates: str) -> None:
     assert statistics["gate"] == pytest.approx(1.0 if gates == "unit" else 0.25, rel=0.3)
     assert balance > 0
     assert z.requires_grad
-    assert steps.shape == layer.keys.sub_key_bias.shape  # type: ignore[union-attr]
+    assert layer.keys.sub_key_bias is not None
+    assert steps.shape == layer.keys.sub_key_bias.shape
 
 
 def test_balance_terms_even_out_retrieval() -> None:
