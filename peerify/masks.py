@@ -52,7 +52,7 @@ def among_logs(x: Tensor, mask: Tensor) -> Tensor:
 
 def among_sizes(x: Tensor, mask: Tensor) -> Tensor:
     """Likewise for numbers that are not negative."""
-    return x * (2 * mask - 1)
+    return (mask - 1e-12).mul_(x)
 
 
 class Projected(NamedTuple):
@@ -114,7 +114,7 @@ def selected(layer: Any, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
     score_tn = None
     if layer.chooses and (not layer.share_pool or layer.num_heads == 1):
         score_tn = score_thn[:, 0]
-    worth_tn = pool.worth(probe_tn, probe_tn.new_ones(()), score_tn, pool.rerank_scale[shared:])
+    worth_tn = pool.worth(probe_tn, None, score_tn, pool.rerank_scale[shared:])
     kept_tn = at_least(worth_tn, threshold(among_logs(worth_tn, found_tn), layer.shortlist))
     if layer.topk < layer.shortlist:
         size_tn = pool._contribution(a_tn[:, shared:], pool.rerank_norm[shared:])

@@ -396,24 +396,28 @@ class ExpertPool(nn.Module):
     @torch.no_grad()
     def _contribution(self, a: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Sizes |a_i| ||v_i|| of what experts add."""
-        a = a if a.dtype == torch.float64 else a.float()
-        return a.abs() * norm
+        size = a.abs()  # a copy, so the rest is done in place: memory is what this costs
+        size = size if size.dtype == torch.float64 else size.float()
+        return size.mul_(norm)
 
     @torch.no_grad()
     def worth(
-        self, probe: torch.Tensor, weight: torch.Tensor, score: torch.Tensor | None, scale: torch.Tensor
+        self, probe: torch.Tensor, weight: torch.Tensor | None, score: torch.Tensor | None, scale: torch.Tensor
     ) -> torch.Tensor:
         """Logarithm of an expert's estimated contribution, to re-rank by; below all others where its weight is 0.
 
         Args:
             probe: its probed projection.
-            weight, score: its gate value and retrieval score.
+            weight, score: its gate value (None: 1) and retrieval score.
             scale: its `rerank_scale`.
         """
-        size = self._size(probe)
-        size = size if size.dtype == torch.float64 else size.float()
-        out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
-        worth = (size * scale).mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)  # in place: memory costs most
+        size = self._size(probe)  # a copy, so the rest is done in place: memory is what this costs
+        size = (size if size.dtype == torch.float64 else size.float()).mul_(scale)
+        if weight is None:
+            worth = size.log_()
+        else:
+            out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
+            worth = size.mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)
         return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from torch import nn
 from training_layers import ESTIMATING, PLAIN, peer
 
 from peerify.modeling_peer import PEER
+from peerify.training import routing
 from peerify.training.routing import Router
 
 VARIANTS: list[dict[str, Any]] = [
@@ -23,8 +24,12 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("options", VARIANTS)
-def test_training_computes_what_the_layer_computes(options: dict[str, Any]) -> None:
+def test_training_computes_what_the_layer_computes(
+    options: dict[str, Any], every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "AT_ONCE", 5)  # so that there are several parts, the last one shorter
     layer = (
         peer(**options)
         if "num_shared" not in options
@@ -36,7 +41,7 @@ def test_training_computes_what_the_layer_computes(options: dict[str, Any]) -> N
         x = torch.randn(2, 9, 12)
         with torch.no_grad():
             wanted = each(x)
-        with Router(model, temperature=0.3):
+        with Router(model, temperature=0.3, every=every):
             torch.testing.assert_close(each(x), wanted, rtol=1e-4, atol=1e-5)
             assert each(x).requires_grad
         assert "forward" not in vars(each)

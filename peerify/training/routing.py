@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from peerify.masks import Projected, cell_scores, selected
 
+AT_ONCE = 256  # tokens
+
 
 def peer_layers(model: nn.Module) -> dict[str, Any]:
     """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
@@ -56,6 +58,20 @@ class _Weighted(torch.autograd.Function):
         gain_sn = (slope_tn[ctx.taught] * a_tn[ctx.taught])[:, -score_sn.shape[1] :]  # shared experts come first
         step_sn.mul_(gain_sn).mul_(worth_sn).div_(width / ctx.taught.step)
         return slope_tn * weight_tn, None, step_sn, None, None, None, None
+
+
+def _selected(
+    layer: Any, x_td: Tensor, score_thn: Tensor | None, u_tn: Tensor, gate_tn: Tensor | None, a_tn: Tensor
+) -> tuple[Tensor, ...]:
+    """`masks.selected`, with scores made here unless given; on a CPU for few tokens at once, which fit its cache."""
+    parts = []
+    size = AT_ONCE if x_td.device.type == "cpu" else max(1, len(x_td))
+    for start in range(0, max(1, len(x_td)), size):
+        part = slice(start, start + size)
+        score = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[part])) if score_thn is None else score_thn[part]
+        gate = None if gate_tn is None else gate_tn[part]
+        parts.append(selected(layer, Projected(score, u_tn[part], gate, a_tn[part])))
+    return tuple(torch.cat(masks) for masks in zip(*parts, strict=True))
 
 
 class Router:
@@ -115,12 +131,14 @@ class Router:
             temperature = None  # all are candidates, whatever their scores
         # Running statistics of a query norm are of all tokens, and taken once.
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
-        with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
-            scores = layer.keys.sub_scores(x_td)
-            score_thn = cell_scores(layer.keys, *scores)
+        scores = score_thn = None
+        if self.recording or layer.keys.query_norm is not None or (every == 1 and temperature is not None):
+            with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
+                scores = layer.keys.sub_scores(x_td)
+                score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
-            level, found_tn, kept_tn = selected(layer, Projected(score_thn, u_tn, gate_tn, a_tn))
-            if self.recording:
+            level, found_tn, kept_tn = _selected(layer, x_td, score_thn, u_tn, gate_tn, a_tn)
+            if scores is not None and self.recording:
                 self._record(path, layer, scores, None, found_tn)
             weight_tn = (found_tn * kept_tn).to(u_tn.dtype)
             if shared:
@@ -130,7 +148,7 @@ class Router:
         else:
             taught = slice(every // 2, None, every)
             level, score_shn = level[taught], score_thn
-            if every > 1:
+            if score_shn is None or every > 1:
                 score_shn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[taught]))
             # Of several heads that search one pool, the kindest decides.
             one_head = score_shn.shape[1] == 1
