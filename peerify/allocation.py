@@ -30,6 +30,9 @@ from peerify.recall import Recall
 POWER = 2.5
 LEAST, MOST = 0.1, 1.0  # active share of a layer
 TOKENS = 8192  # that sensitivities are measured with, from all over the calibration data
+# Of the mean sensitivity. Experts that the activation function cuts off cost nothing to leave out, until there are no
+# more of them: a layer that seems not to matter may do so at a lower share than it was measured at.
+FLOOR = 1e-2
 HELD_OUT = 4  # one sample in so many of them judges what is fitted to the others
 KEEP_DENSE = 0.95  # `layers: auto` leaves a layer alone that would be more active than this: retrieval gains nothing
 
@@ -41,7 +44,7 @@ def sensitivities(
     build: Callable[[SiteData], tuple[PEER, float]],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, float]:
-    """k_l of each site by its path: mean KL divergence (nats per position) over (1 - active)^POWER.
+    """k_l of each site by its path: mean KL divergence (nats per position) over (1 - active)^POWER, at least FLOOR.
 
     Models without logits: relative squared error of their first output instead of the divergence.
 
@@ -71,7 +74,8 @@ def sensitivities(
         found[data.site.path] = max(moved / len(held_out), 1e-12) / max(1 - active, 1e-3) ** POWER
     if progress:
         progress("Measuring sensitivities", len(sites), len(sites))
-    return found
+    least = FLOOR * sum(found.values()) / len(found)
+    return {path: max(k, least) for path, k in found.items()}
 
 
 def allocate(
