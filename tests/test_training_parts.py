@@ -83,7 +83,8 @@ def blocks_model() -> nn.Module:
 
 def test_groups_have_their_own_rates_and_only_matrices_decay() -> None:
     model = blocks_model()
-    stage = StageConfig(optimizer=OptimizerConfig(lr=1e-3, experts_scale=4, router_scale=0.5, weight_decay=0.1))
+    optimizer = OptimizerConfig(lr=1e-3, experts_scale=4, router_scale=0.5, weight_decay=0.1)
+    stage = StageConfig(train="full", optimizer=optimizer)
     groups.select_trainable(model, stage)
     found = {group["name"]: group for group in groups.parameter_groups(model, stage)}
     rates = {name: (group["lr"], group["weight_decay"]) for name, group in found.items()}

@@ -42,7 +42,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "loggers": [],
             "stages": [
                 {"share": 0.5, "train": "peer", "objectives": {"layerwise": 1}},
-                {"objectives": {"kl": 1, "next_token": 0.3}},
+                {"train": "full", "objectives": {"kl": 1, "next_token": 0.3}},
             ],
         },
     }

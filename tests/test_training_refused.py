@@ -67,7 +67,7 @@ def test_bad_recipes_are_refused_in_one_sentence(here: Path) -> None:
         r"train\.stages\.0\.objectives: kl_topk is about kl",
         stages=[{"objectives": {"next_token": 1, "kl_topk": 4}}],
     )
-    refused(UsageError, r"train\.stages\.0: lora has no effect with train full", stages=[{"lora": {"rank": 2}}])
+    refused(UsageError, r"train\.stages\.0: lora has no effect with train peer", stages=[{"lora": {"rank": 2}}])
     refused(UsageError, r"train\.stages\.0: adapters can be kept .* in the last stage only",
             stages=[{"train": "peer+lora", "lora": {"merge": False}}, {}])  # fmt: skip
     refused(UsageError, r"train\.stages\.0: lisa has no effect", stages=[{"lisa": {"every": 2}}])

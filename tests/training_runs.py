@@ -18,8 +18,8 @@ from peerify.training import state
 from peerify.training.train import train_checkpoint
 
 STAGES = [
-    {"train": "peer", "share": 0.4, "objectives": {"layerwise": 1}, "optimizer": {"lr": 1e-3}},
-    {"objectives": {"kl": 1, "next_token": 0.2}, "optimizer": {"lr": 1e-3}},
+    {"train": "peer", "share": 0.4, "objectives": {"layerwise": 1}, "optimizer": {"lr": 1e-3, "router_scale": 1}},
+    {"train": "full", "objectives": {"kl": 1, "next_token": 0.2}, "optimizer": {"lr": 1e-3, "router_scale": 1}},
 ]
 
 

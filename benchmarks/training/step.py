@@ -42,7 +42,8 @@ def main() -> None:
     models = {name: load_for_eval(getattr(options, name)).model.train() for name in ("dense", "converted")}
     ids = torch.randint(models["dense"].config.vocab_size, (options.windows, options.context))
     steps = {"dense": Step(models["dense"], None, options.precision)}
-    stage = StageConfig(optimizer=OptimizerConfig(router_scale=1.0 if options.router == "trained" else 0.0))
+    optimizer = OptimizerConfig(router_scale=1.0 if options.router == "trained" else 0.0)
+    stage = StageConfig(train="full", optimizer=optimizer)
     require_peer(models["converted"])
     select_trainable(models["converted"], stage)
     temperature = stage.temperature if options.router == "trained" else None

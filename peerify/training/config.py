@@ -103,14 +103,14 @@ class OptimizerConfig(BaseModel):
     name: Literal["adamw", "adafactor", "adamw8bit", "galore"] = "adamw"
     """adamw8bit needs bitsandbytes and a GPU; galore keeps the states of linear layers in a low rank (2403.03507)."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     """Learning rate, at its highest."""
 
     experts_scale: float = Field(default=1.0, ge=0)
     """Times the learning rate, for the expert tables."""
 
-    router_scale: float = Field(default=1.0, ge=0)
-    """Times the learning rate, for queries and sub-keys; 0 leaves them as converted."""
+    router_scale: float = Field(default=0.1, ge=0)
+    """Times the learning rate, for queries and sub-keys, which the conversion has trained already; 0 leaves them."""
 
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay of the moments of adamw."""
@@ -170,7 +170,7 @@ class StageConfig(BaseModel):
     share: float = Field(default=1.0, gt=0)
     """Its part of the tokens, relative to the other stages' shares."""
 
-    train: Literal["peer", "peer+lora", "full", "lisa"] = "full"
+    train: Literal["peer", "peer+lora", "full", "lisa"] = "peer"
     """What trains: the PEER layers, these and adapters on the rest, everything, or everything by turns."""
 
     objectives: ObjectiveConfig = ObjectiveConfig(kl=1.0)
