@@ -74,6 +74,27 @@ def _selected(
     return tuple(torch.cat(masks) for masks in zip(*parts, strict=True))
 
 
+def _weighted(
+    a_tn: Tensor,
+    weight_tn: Tensor,
+    score_shn: Tensor,
+    level: Tensor,
+    kept_sn: Tensor,
+    temperature: float,
+    taught: slice,
+) -> Tensor:
+    """Activations times weights, with a gradient to the scores of the tokens `taught`."""
+    # Of several heads that search one pool, the kindest decides.
+    one_head = score_shn.shape[1] == 1
+    margin_sn = score_shn[:, 0] if one_head else (score_shn - level).amax(1)
+    level = level[:, 0] if one_head else torch.zeros_like(level[:, 0])
+    given_shn = score_shn.detach()
+    centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
+    spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
+    width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
+    return _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_sn, taught)  # type: ignore[no-any-return]
+
+
 class Router:
     """The selection of experts in every PEER layer of a model, while it trains.
 
@@ -147,18 +168,10 @@ class Router:
             a_tn = a_tn * weight_tn
         else:
             taught = slice(every // 2, None, every)
-            level, score_shn = level[taught], score_thn
+            score_shn = score_thn
             if score_shn is None or every > 1:
                 score_shn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[taught]))
-            # Of several heads that search one pool, the kindest decides.
-            one_head = score_shn.shape[1] == 1
-            margin_sn = score_shn[:, 0] if one_head else (score_shn - level).amax(1)
-            level = level[:, 0] if one_head else torch.zeros_like(level[:, 0])
-            given_shn = score_shn.detach()
-            centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
-            spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
-            width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
-            a_tn = _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_tn[taught], taught)
+            a_tn = _weighted(a_tn, weight_tn, score_shn, level[taught], kept_tn[taught], temperature, taught)
         y_td = a_tn @ pool.v
         return y_td if layer.bias is None else y_td + layer.bias
 
