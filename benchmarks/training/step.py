@@ -5,6 +5,9 @@ one step of the other, so that what else the machine does touches both alike. Re
 the clock and by processor time, which other programs hardly touch.
 
     python benchmarks/training/step.py DENSE CONVERTED [--steps 7] [--windows 2] [--context 512] [--precision bf16]
+
+A step of recipes/smollm2-135m/heal-50.yaml: --precision bf16 --train peer --router frozen --kl. Of the dense model the
+layers train then that were converted, beside the same teacher.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from peerify.checkpoint import load_for_eval
 from peerify.training.config import OptimizerConfig, StageConfig
 from peerify.training.groups import parameter_groups, require_peer, select_trainable
 from peerify.training.objectives import prediction_loss, shifted
-from peerify.training.routing import Router
+from peerify.training.routing import Router, peer_layers
 
 
 def main() -> None:
@@ -35,22 +38,31 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--router", choices=["trained", "frozen"], default="trained")
+    parser.add_argument("--train", choices=["full", "peer"], default="full")
+    parser.add_argument(
+        "--kl", action="store_true", help="also the divergence from a teacher, which is the dense model"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     models = {name: load_for_eval(getattr(options, name)).model.train() for name in ("dense", "converted")}
     ids = torch.randint(models["dense"].config.vocab_size, (options.windows, options.context))
-    steps = {"dense": Step(models["dense"], None, options.precision)}
     optimizer = OptimizerConfig(router_scale=1.0 if options.router == "trained" else 0.0)
-    stage = StageConfig(train="full", optimizer=optimizer)
+    stage = StageConfig(train=options.train, optimizer=optimizer)
     require_peer(models["converted"])
     select_trainable(models["converted"], stage)
+    if options.train == "peer":
+        converted = tuple(path + "." for path in peer_layers(models["converted"]))
+        for name, parameter in models["dense"].named_parameters():
+            parameter.requires_grad_(name.startswith(converted))
+    teacher = load_for_eval(options.dense).model if options.kl else None
+    steps = {"dense": Step(models["dense"], teacher, None, options.precision)}
     temperature = stage.temperature if options.router == "trained" else None
     seconds: dict[str, list[float]] = {name: [] for name in models}
     processor: dict[str, list[float]] = {name: [] for name in models}
     with Router(models["converted"], temperature=temperature, every=stage.router_every):
-        steps["converted"] = Step(models["converted"], stage, options.precision)
+        steps["converted"] = Step(models["converted"], teacher, stage, options.precision)
         for number in range(options.steps + 1):
             for name, step in steps.items():
                 start, spent = time.perf_counter(), time.process_time()
@@ -75,17 +87,25 @@ def main() -> None:
 class Step:
     """One training step of a model."""
 
-    def __init__(self, model: Any, stage: StageConfig | None, precision: str) -> None:
-        self.model, self.precision = model, precision
-        groups = [{"params": list(model.parameters())}] if stage is None else parameter_groups(model, stage)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-5)
+    def __init__(self, model: Any, teacher: Any | None, stage: StageConfig | None, precision: str) -> None:
+        self.model, self.teacher, self.precision = model, teacher, precision
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": trained}] if stage is None else parameter_groups(model, stage), lr=1e-5
+        )
 
     def __call__(self, ids: torch.Tensor) -> None:
         """Forward, backward, update."""
+        used = torch.ones_like(ids, dtype=torch.bool)
+        wanted = None
         with torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    wanted = shifted(self.teacher(input_ids=ids, use_cache=False).logits, ids, used)[0]
             logits = self.model(input_ids=ids, use_cache=False).logits
-        rows, targets = shifted(logits, ids, torch.ones_like(ids, dtype=torch.bool))
-        prediction_loss(rows, targets, None, next_token=1.0, kl=0.0)[0].div(len(targets)).backward()
+        rows, targets = shifted(logits, ids, used)
+        loss, _, _ = prediction_loss(rows, targets, wanted, next_token=1.0, kl=0.0 if wanted is None else 1.0)
+        loss.div(len(targets)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
