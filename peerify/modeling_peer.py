@@ -19,6 +19,7 @@ c candidates (all heads together), s the shortlisted of them, k experts evaluate
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -707,10 +708,18 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
         )
     prefix = model.base_model_prefix + "."
     found = 0
+    children = [name + "." for name, _ in model.named_children()]
     for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
         # Heads of one architecture may hold the same base model under names of their own.
         below = path.partition(".")[2]
-        for candidate in (path, path.removeprefix(prefix), prefix + path, below, prefix + below):
+        renamed = [
+            path.removeprefix(prefix),
+            prefix + path,
+            below,
+            prefix + below,
+            *(child + path for child in children),
+        ]
+        for candidate in (path, *renamed):
             try:
                 old = model.get_submodule(candidate)
             except AttributeError:
@@ -723,8 +732,38 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
         raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
 
 
+def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
+    """`config`, or its text part where `model_class` is built from that.
+
+    Auto classes load text models out of larger ones, with the config of the whole, which has the layers by their names
+    in the whole.
+    """
+    own, dense = model_class.config_class, model_class.config_class.__base__
+    if isinstance(config, dense) or (config.sub_configs or {}).get("text_config") is not dense:
+        return config
+    part = copy.deepcopy(config.get_text_config())
+    part.__class__ = own
+    part.__dict__.pop("model_type", None)
+
+    def inside(path: str) -> str:
+        """The rest of a path that leads into the language model; empty for others."""
+        below = (f".{path}".partition(f".{holder}.")[2] for holder in ("language_model", "text_model"))
+        return next(filter(None, below), "")
+
+    peer = config.peer  # type: ignore[attr-defined]
+    part.peer = {
+        "format": peer["format"],
+        "layers": {inside(path): layer for path, layer in peer["layers"].items() if inside(path)},
+        "identities": [inside(path) for path in peer["identities"] if inside(path)],
+    }
+    return _described(part, model_class.__name__)
+
+
 class PeerModelMixin:
     """What a transformers class needs to hold PEER layers; comes before the architecture's own class."""
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_own_part(config, type(self)), *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
         _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
@@ -822,8 +861,9 @@ def _register(config_class: type, base: type) -> None:
         dense = getattr(transformers, model_name, None)
         if not isinstance(dense, type) or not issubclass(dense, PreTrainedModel):
             continue  # not exported, or a stand-in for what lacks a package
-        # Some Auto classes name a model for a type whose config it cannot take: the text part of a larger one.
-        if dense.config_class in base.sub_configs.values():  # type: ignore[attr-defined]
+        # Some Auto classes name a model for a type whose config it cannot take: a part of a larger one, not its text.
+        parts = {name: part for name, part in base.sub_configs.items() if name != "text_config"}  # type: ignore[attr-defined]
+        if dense.config_class in parts.values():
             continue
         model = globals().get("Peer" + model_name) or __getattr__("Peer" + model_name)
         # Not by the Auto class's own `register`, which insists on the model's own config class: ShieldGemma 2 builds
@@ -844,15 +884,22 @@ def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
     name, config = type(model).__name__, model.config
     if getattr(transformers, name, None) is not type(model):
         raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
-    model_type = type(config).model_type
     model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
     config.__class__ = model.config_class  # type: ignore[assignment]
     config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
     config.peer = peer
-    config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
-    config.auto_map |= {auto: f"modeling_peer.Peer{head}" for auto, head in _heads(model_type, name).items()}
-    config.architectures = [type(model).__name__]
+    _described(config, type(model).__name__)
     return model
+
+
+def _described(config: PretrainedConfig, model_name: str) -> PretrainedConfig:
+    """`config` with what transformers needs to find the classes of this file: `Peer<Class>` and its relatives."""
+    model_type = config.model_type.removeprefix("peer_")
+    config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
+    heads = _heads(model_type, model_name.removeprefix("Peer"))
+    config.auto_map |= {auto: f"modeling_peer.Peer{head}" for auto, head in heads.items()}
+    config.architectures = [model_name]
+    return config
 
 
 class _PeerConfigs(dict):  # type: ignore[type-arg]
