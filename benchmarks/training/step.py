@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from peerify.checkpoint import load_for_eval
+from peerify.training.allocator import keep_freed_memory
 from peerify.training.config import OptimizerConfig, StageConfig
 from peerify.training.groups import parameter_groups, require_peer, select_trainable
 from peerify.training.objectives import prediction_loss, shifted
@@ -46,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as `peerify train` does
     models = {name: load_for_eval(getattr(options, name)).model.train() for name in ("dense", "converted")}
     ids = torch.randint(models["dense"].config.vocab_size, (options.windows, options.context))
     optimizer = OptimizerConfig(router_scale=1.0 if options.router == "trained" else 0.0)

@@ -21,6 +21,7 @@ from peerify.errors import OutputError, PeerifyError, UsageError
 from peerify.output import MARKER
 from peerify.recipe import Recipe
 from peerify.training import loggers, state
+from peerify.training.allocator import keep_freed_memory
 from peerify.training.config import TrainConfig
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
@@ -74,6 +75,8 @@ def train_checkpoint(
         state.check_same_recipe(_unrolled(state.read_state(latest).recipe), _unrolled(described), latest)
     names = loggers.chosen(config.loggers)
     accelerator = _accelerator(recipe, names, folder)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     try:
         tell = progress if progress is not None and accelerator.is_main_process else lambda *_: None
         _check_processes(config, accelerator)
