@@ -23,6 +23,7 @@ from peerify.calibration import Batch, SiteData, on_device, walk
 from peerify.dense import replaced
 from peerify.feedforward import Site
 from peerify.modeling_peer import PEER
+from peerify.plan import RERANK_RANK
 from peerify.recall import Recall
 
 # Measured on single, refined layers of SmolLM2-135M: between 2.1 (few experts) and 3.1 (most of them). The whole model
@@ -172,6 +173,10 @@ def planned_fractions(options: Mapping[str, Any]) -> tuple[float, float]:
     """Multiply-adds of experts and of router of `PEER(**options)`, as shares of the dense layer's."""
     if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
         options = {**options, "rerank": "up"}
+    everything = options["num_heads"] * options["candidates"] >= options["num_experts"] - options["num_shared"]
+    if options["rerank"] is not None and options["share_query"] and options["query_dim"] and everything:
+        # The conversion shortens a query that only helps to re-rank.
+        options = {**options, "query_dim": min(options["query_dim"], math.ceil(RERANK_RANK * options["d_model"]))}
     with torch.device("meta"):
         layer = PEER(**options)
     return layer.active_fraction, layer.router_fraction

@@ -200,6 +200,16 @@ def test_convert_does_what_the_plan_says(options: dict[str, object], seed: int) 
     assert done.active_fraction == pytest.approx(mean, abs=0.02)
 
 
+def test_plan_knows_that_queries_which_only_rerank_are_short(seed: int) -> None:
+    model = FAMILIES["llama"](seed)
+    inputs = inputs_for(model, seed)
+    config = PeerConfig(active=0.85, allocation="uniform")  # every split that may be chosen has all as candidates
+    plan = plan_conversion(model, config, [inputs])
+    done = convert(model, config, [inputs])
+    assert all(done.layers[path]["query_dim"] < plan.layers[path]["query_dim"] for path in plan.layers)
+    assert plan.router_fraction == pytest.approx(done.router_fraction, rel=0.05)  # outliers are always on
+
+
 @pytest.mark.parametrize(
     "options",
     [
