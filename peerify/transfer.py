@@ -128,7 +128,7 @@ class _Transfer:
     uploaded: set[str] = field(default_factory=set)  # large files that the Hub has taken
 
     def attempt(self) -> Sent:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self._head()
         remote = self._tree(head)
@@ -139,10 +139,7 @@ class _Transfer:
         if self.create_pr and (pull := self._same_pull(card)):
             return pull
         self._check_tag(head, changed=True)
-        try:
-            ModelCard(card, ignore_metadata_errors=True).validate()
-        except ValueError as error:
-            raise PublishError(f"{CARD}: the Hub does not accept its metadata: {_errors(error)}") from error
+        self._check_card(card)
         changed = [file for file in self.files if file.name != CARD and not _equal(file, remote.get(file.name))]
         self._upload(changed)
         names = {file.name for file in self.files}
@@ -164,6 +161,20 @@ class _Transfer:
         if self.create_pr:
             return Sent(commit.oid, commit.pr_revision, str(commit.pr_url), new=True, sent=sent)
         return Sent(commit.oid, self.revision, page(self.repo, self.revision), new=True, sent=sent)
+
+    def _check_card(self, card: str) -> None:
+        """Raise PublishError where the Hub does not accept the card's metadata."""
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        # Not `ModelCard.validate`: in releases before 2 it asks huggingface.co, whatever Hub is published to.
+        response = get_session().post(
+            f"{self.api.endpoint}/api/validate-yaml",
+            json={"repoType": "model", "content": card},
+            headers={"Accept": "text/plain"},
+        )
+        if response.status_code == 400:
+            raise PublishError(f"{CARD}: the Hub does not accept its metadata: {_errors(response.text)}")
+        hf_raise_for_status(response)
 
     def _head(self) -> str:
         """The commit to build on; makes the repository and the branch if need be."""
@@ -310,12 +321,12 @@ def _digest(state: Any, file: Any) -> str:
     return str(state.hexdigest())
 
 
-def _errors(error: Exception) -> str:
+def _errors(answer: str) -> str:
     """The messages in the answer to a card that was refused."""
     try:
-        return "; ".join(row["message"] for row in json.loads(str(error))["errors"])
+        return "; ".join(row["message"] for row in json.loads(answer)["errors"])
     except (ValueError, KeyError, TypeError):
-        return str(error).splitlines()[0]
+        return answer.partition("\n")[0]
 
 
 def page(repo: str, revision: str | None = None) -> str:
