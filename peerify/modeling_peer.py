@@ -712,14 +712,8 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
     for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
         # Heads of one architecture may hold the same base model under names of their own.
         below = path.partition(".")[2]
-        renamed = [
-            path.removeprefix(prefix),
-            prefix + path,
-            below,
-            prefix + below,
-            *(child + path for child in children),
-        ]
-        for candidate in (path, *renamed):
+        renamed = (path.removeprefix(prefix), prefix + path, below, prefix + below)
+        for candidate in (path, *renamed, *(child + path for child in children)):
             try:
                 old = model.get_submodule(candidate)
             except AttributeError:
@@ -738,12 +732,9 @@ def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
     Auto classes load text models out of larger ones, with the config of the whole, which has the layers by their names
     in the whole.
     """
-    own, dense = model_class.config_class, model_class.config_class.__base__
-    if isinstance(config, dense) or (config.sub_configs or {}).get("text_config") is not dense:
+    dense = model_class.config_class.__base__
+    if isinstance(config, dense) or config.sub_configs.get("text_config") is not dense:
         return config
-    part = copy.deepcopy(config.get_text_config())
-    part.__class__ = own
-    part.__dict__.pop("model_type", None)
 
     def inside(path: str) -> str:
         """The rest of a path that leads into the language model; empty for others."""
@@ -751,12 +742,12 @@ def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
         return next(filter(None, below), "")
 
     peer = config.peer  # type: ignore[attr-defined]
-    part.peer = {
+    own = {
         "format": peer["format"],
         "layers": {inside(path): layer for path, layer in peer["layers"].items() if inside(path)},
         "identities": [inside(path) for path in peer["identities"] if inside(path)],
     }
-    return _described(part, model_class.__name__)
+    return _adopt_config(copy.deepcopy(config.get_text_config()), model_class, own)
 
 
 class PeerModelMixin:
@@ -881,24 +872,24 @@ def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
     Raises:
         ValueError: the class of `model` is not part of transformers.
     """
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     if getattr(transformers, name, None) is not type(model):
         raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
     model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
-    config.__class__ = model.config_class  # type: ignore[assignment]
-    config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
-    config.peer = peer
-    _described(config, type(model).__name__)
+    _adopt_config(model.config, type(model), peer)
     return model
 
 
-def _described(config: PretrainedConfig, model_name: str) -> PretrainedConfig:
-    """`config` with what transformers needs to find the classes of this file: `Peer<Class>` and its relatives."""
-    model_type = config.model_type.removeprefix("peer_")
+def _adopt_config(config: PretrainedConfig, model_class: Any, peer: dict[str, Any]) -> PretrainedConfig:
+    """Make a dense config that of a Peer class, in place, and say in it where the classes of this file are."""
+    model_type, name = type(config).model_type, model_class.__name__
+    config.__class__ = model_class.config_class
+    config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
+    config.peer = peer
     config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
-    heads = _heads(model_type, model_name.removeprefix("Peer"))
+    heads = _heads(model_type, name.removeprefix("Peer"))
     config.auto_map |= {auto: f"modeling_peer.Peer{head}" for auto, head in heads.items()}
-    config.architectures = [model_name]
+    config.architectures = [name]
     return config
 
 
