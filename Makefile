@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL ?=
 TEXT ?=
 
-.PHONY: help demo test lint slow zoo bench-quality format clean
+.PHONY: help demo test lint slow fuzz zoo bench-quality format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "             MODEL=user/name|folder|file.gguf and TEXT=file.txt take your own"
 	@echo "make test    install, then linters, type checker and tests"
 	@echo "make slow    the tests that take longer as well"
+	@echo "make fuzz    20,000 damaged files for every reader of what others wrote (COUNT for each, SEED to repeat)"
 	@echo "make zoo     convert every architecture of transformers, write docs/architectures.md (about an hour)"
 	@echo "make bench-quality MODEL=model CALIBRATION='a.txt b.txt' TEST=c.txt OOD=d.txt"
 	@echo "             conversion beside other methods: a table and a plot in .quality/ (hours; goes on where it stopped)"
@@ -47,6 +48,10 @@ test: lint
 
 slow: lint
 	@$(BIN)/python -m pytest -m ''
+
+COUNT ?= 1700
+fuzz: $(READY)
+	@$(BIN)/python tests/fuzzing/run.py --count $(COUNT) $(if $(SEED),--seed $(SEED)) --keep .fuzz
 
 zoo: $(READY)
 	@$(BIN)/python tests/zoo/run.py
