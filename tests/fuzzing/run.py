@@ -29,9 +29,9 @@ CASES = Path(__file__).parent / "cases"
 
 def corpora() -> dict[str, Corpus]:
     """All of them, by name."""
-    from fuzzing import models, texts
+    from fuzzing import checkpoints, models, texts
 
-    return models.CORPORA | texts.CORPORA
+    return models.CORPORA | texts.CORPORA | checkpoints.CORPORA
 
 
 def damaged(corpus: Corpus, data: bytes, seed: int, count: int) -> Iterator[bytes]:
