@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all. Needs nothing but the standard library."""
+"""Write a folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,68 +6,123 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from peerify.errors import OutputError
+from peerify.files import MARKER, foreign, is_ours
+from peerify.reading import local_path, printable, reason
 
-MARKER = "peerify.json"  # in every folder peerify writes; `overwrite` replaces no other
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def atomic_folder(out: str | Path, *, overwrite: bool = False, expected_bytes: int = 0) -> Iterator[Path]:
+def atomic_folder(
+    out: str | Path, *, overwrite: bool = False, expected_bytes: int = 0, inputs: Sequence[str | Path] = ()
+) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; it becomes `out` when the block ends, and vanishes if it raises.
 
     Until the last moment the target is untouched: an exception, Ctrl-C, kill -9 or a full disk leaves it as
     it was, and the next run clears what a killed one left. `expected_bytes` is what will be written, so
-    that a disk too small is refused before the work. `overwrite` replaces only an empty folder or one that
-    holds peerify.json, so a mistyped path cannot delete anything else.
-    Raises OutputError: `out` exists, its place is not writable, the disk is full.
+    that a disk too small is refused before the work. `inputs` are what the block reads, as the user named it.
+    `overwrite` replaces only an empty folder, or one that peerify wrote and that holds nothing else, so that a
+    mistyped path cannot delete anything. Where a file of someone else's turns up there during the work, the result
+    stays beside it under a name that the error tells.
+    Raises OutputError: see `check_target`; also where the disk is full or the place is not writable.
     """
-    target = Path(os.path.abspath(Path(out).expanduser()))
+    target = _absolute(out)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     new_parent = _first_missing(target.parent)
     try:
         _clear_stale(target)
-        _check_target(target, out, overwrite)
+        check_target(out, overwrite=overwrite, inputs=inputs)
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(temporary).free
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{printable(out)} cannot be written: {reason(error)}") from error
     try:
         if free < expected_bytes:
             raise OutputError(
-                f"{out} needs {expected_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+                f"{printable(out)} needs {expected_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
                 "free some space or choose another place"
             )
         yield temporary
         _flush(temporary)
-        _check_target(target, out, overwrite)
+        _check_again(target, out, overwrite, temporary)
         _move_in(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if new_parent:
             _remove_empty(target.parent, new_parent)
-        reason = _write_failure(error, temporary)
-        if reason:
-            raise OutputError(f"{out} could not be written: {reason}; nothing was changed there") from error
+        fault = _write_failure(error, temporary)
+        if fault:
+            raise OutputError(f"{printable(out)} could not be written: {fault}; nothing was changed there") from error
         raise
 
 
-def _check_target(target: Path, out: str | Path, overwrite: bool) -> None:
+def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> Path:
+    """The absolute path of `out`, which may be written there.
+
+    Raises:
+        OutputError: `out` is no usable path, or is the root, the home or the working directory or holds one of them;
+            it exists, and `overwrite` is not set or it is not a folder that peerify wrote and nobody added to; one of
+            `inputs` lies in it.
+    """
+    target = _absolute(out)
     if not target.exists() and not target.is_symlink():
-        return
+        return target
     if not target.is_dir() or target.is_symlink():
-        raise OutputError(f"{out} exists and is not a folder; choose another place")
+        raise OutputError(f"{printable(out)} exists and is not a folder; choose another place")
     if not overwrite:
-        raise OutputError(f"{out} exists; choose another place, or pass --overwrite to replace it")
-    if any(target.iterdir()) and not (target / MARKER).exists():
+        raise OutputError(f"{printable(out)} exists; choose another place, or pass --overwrite to replace it")
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.exists() and path.resolve().is_relative_to(target.resolve()):
+            raise OutputError(
+                f"{printable(name)} is read and lies in {printable(out)}, which --overwrite would replace; "
+                "choose another place"
+            )
+    try:
+        if any(target.iterdir()) and not is_ours(target):
+            raise OutputError(
+                f"{printable(out)} was not written by peerify (it has no valid {MARKER}), so --overwrite leaves it "
+                "alone; choose another place"
+            )
+        others = foreign(target)
+    except OSError as error:
+        raise OutputError(f"{printable(out)} cannot be replaced: {reason(error)}") from error
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise OutputError(
-            f"{out} was not written by peerify (it has no {MARKER}), so --overwrite leaves it alone; "
-            "choose another place"
+            f"{printable(out)} holds {printable(others[0])}{more}, which peerify did not write, so --overwrite leaves "
+            "it alone; move it away, or choose another place"
         )
+    return target
+
+
+def _absolute(out: str | Path) -> Path:
+    """The absolute path of `out`; OutputError where no folder that is only for output can lie there."""
+    path = local_path(out, OutputError)
+    try:
+        target, here = Path(os.path.abspath(path)), Path.cwd()
+    except OSError as error:
+        raise OutputError(f"{printable(out)}: the working directory is gone; change to another one") from error
+    if any(place.is_relative_to(target.resolve()) for place in (here, Path("~").expanduser().resolve())):
+        raise OutputError(f"{printable(out)} is or holds the working directory or your home; name a folder in it")
+    return target
+
+
+def _check_again(target: Path, out: str | Path, overwrite: bool, temporary: Path) -> None:
+    """Look at the target once more after the work, which is not thrown away where something came up there."""
+    try:
+        check_target(out, overwrite=overwrite)
+    except OutputError as error:
+        spare = target.with_name(f"{target.name}-{os.getpid()}")
+        if spare.exists():
+            raise
+        temporary.rename(spare)
+        raise OutputError(f"{error}; what was made lies in {printable(spare)}") from error
 
 
 def _clear_stale(target: Path) -> None:
@@ -77,23 +132,19 @@ def _clear_stale(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(tmp|old)-(\d+)")
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
-        if match and not _alive(int(match[2])):
+        if match and not alive(int(match[2])):
             if match[1] == "old" and not target.exists():
                 entry.rename(target)
             else:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():  # left by an earlier process of the same number, as in containers
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's process
-        return True
-    return True
+def alive(pid: int) -> bool:
+    """Whether another process of this number runs."""
+    import psutil
+
+    # This process's own number: left by an earlier one, as in containers.
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def _flush(folder: Path) -> None:
@@ -108,6 +159,8 @@ def _flush(folder: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders, and flushes only what was opened for writing
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -136,7 +189,7 @@ def _write_failure(error: BaseException, temporary: Path) -> str | None:
         inside = str(error.filename or "").startswith(str(temporary))
         if error.errno in DISK_FULL:
             return "the disk is full"
-        return error.strerror if inside else None
+        return reason(error) if inside else None
     # safetensors raises its own error type, with the system's words in it
     return "the disk is full" if "No space left on device" in str(error) else None
 

@@ -17,7 +17,7 @@ from typing import Any
 from peerify import __version__, frontmatter, loadback
 from peerify.card import fresh_card, write_card
 from peerify.errors import PublishError, UsageError
-from peerify.output import MARKER, _alive
+from peerify.output import MARKER, alive
 from peerify.recipe import HubConfig
 from peerify.source import check_weights, open_source, weight_files
 from peerify.transfer import CARD, WEIGHTS, LocalFile, need_token, page, require, set_tag, transfer
@@ -231,7 +231,7 @@ def _scratch(needed: int) -> Iterator[Path]:
     mine = f"peerify-push-{platform.node()}-"  # the disk may be shared by several machines
     for left in home.glob(f"{mine}*"):  # by killed runs
         process = left.name.removeprefix(mine).partition("-")[0]
-        if process.isdigit() and not _alive(int(process)):
+        if process.isdigit() and not alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{mine}{os.getpid()}-", dir=home, ignore_cleanup_errors=True) as name:
         free = shutil.disk_usage(name).free

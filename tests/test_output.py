@@ -28,8 +28,15 @@ with atomic_folder(sys.argv[1], overwrite=True) as folder:
 """
 
 
+RECORD = '{"peerify": "0.1.0", "source": {}, "files": ["old"]}'
+
+
 def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def old(tmp_path: Path) -> Path:
     """An output folder of an earlier run."""
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "peerify.json").write_text("{}")
+    (folder / "peerify.json").write_text(RECORD)
     (folder / "old").write_text("old")
     return folder
 
@@ -115,7 +122,7 @@ def test_target_that_is_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/nothing/out", "x" * 300])
 def test_unwritable_place(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be written"), atomic_folder(tmp_path / place):
+    with pytest.raises(OutputError, match=r"cannot be written|not a usable path"), atomic_folder(tmp_path / place):
         pytest.fail("the work must not start")
 
 
@@ -190,7 +197,7 @@ def test_killed_between_the_two_renames(old: Path) -> None:
     old.with_name(f".out.tmp-{process.pid}").mkdir()
     with pytest.raises(OutputError, match="exists"), atomic_folder(old):
         pytest.fail("the work must not start")
-    assert tree(old.parent) == {"out/peerify.json": "{}", "out/old": "old"}
+    assert tree(old.parent) == {"out/peerify.json": RECORD, "out/old": "old"}
 
 
 def test_other_live_run_is_left_alone(old: Path) -> None:
@@ -211,8 +218,74 @@ def test_other_live_run_is_left_alone(old: Path) -> None:
     assert tree(old.parent) == {"out/peerify.json": "mine"}
 
 
-def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists"), atomic_folder(tmp_path / "out") as folder:
+def test_what_was_made_is_kept_where_something_else_appeared_meanwhile(tmp_path: Path) -> None:
+    kept = f"out-{os.getpid()}"
+    with (
+        pytest.raises(OutputError, match=rf"out exists; .*; what was made lies in .*{kept}"),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
         (folder / "x").write_text("1")
         (tmp_path / "out").mkdir()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(tmp_path) == {f"{kept}/x": "1"}
+
+
+@pytest.mark.parametrize("marker", ["", "{}", "[]", "{bad", '{"peerify": 1, "source": {}}', "[" * 100_000, "\udcff"])
+def test_a_marker_that_peerify_did_not_write_counts_for_nothing(old: Path, marker: str) -> None:
+    (old / "peerify.json").write_bytes(os.fsencode(marker))
+    before = tree_bytes(old)
+    with pytest.raises(OutputError, match=r"no valid peerify\.json"), atomic_folder(old, overwrite=True):
+        pytest.fail("the work must not start")
+    assert tree_bytes(old) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", ".git/config", ".env"])
+def test_overwrite_names_files_of_other_people(old: Path, name: str) -> None:
+    (old / name).parent.mkdir(exist_ok=True)
+    (old / name).write_text("mine")
+    before = tree(old)
+    with pytest.raises(OutputError, match=rf"holds {name}, which peerify did not write"):
+        output.check_target(old, overwrite=True)
+    with pytest.raises(OutputError, match="move it away"), atomic_folder(old, overwrite=True):
+        pytest.fail("the work must not start")
+    assert tree(old) == before
+
+
+def test_overwrite_does_not_take_a_link_for_a_file_of_its_own(old: Path) -> None:
+    (old / "README.md").symlink_to(old / "old")
+    with pytest.raises(OutputError, match=r"holds README\.md, which"):
+        output.check_target(old, overwrite=True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "~", "", "sub/.."])
+def test_an_output_that_is_or_holds_where_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="working directory or your home"), atomic_folder(place, overwrite=True):
+        pytest.fail("the work must not start")
+
+
+@pytest.mark.parametrize("place", ["a\0b", "~nosuchuser/x", "out/" + "x" * 300])
+def test_an_output_that_no_file_can_be(place: str) -> None:
+    with pytest.raises(OutputError, match=r"not a usable path|cannot be written") as caught, atomic_folder(place):
+        pytest.fail("the work must not start")
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "dense", "dense/text.txt"])
+def test_an_input_inside_the_output_is_not_replaced(old: Path, name: str) -> None:
+    (old / "dense").mkdir()
+    (old / "dense" / "text.txt").write_text("text")
+    with pytest.raises(OutputError, match=r"is read and lies in .*, which --overwrite would replace"):
+        output.check_target(old, overwrite=True, inputs=["elsewhere", old / name])
+
+
+def test_a_process_that_runs_is_alive_and_one_that_ended_is_not() -> None:
+    """A probe by signal 0 would end the process on Windows."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert output.alive(process.pid)
+    process.communicate(b"\n")
+    assert not output.alive(process.pid)
+    assert not output.alive(os.getpid()), "an earlier process of the same number left it"
