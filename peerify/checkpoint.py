@@ -25,8 +25,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from peerify.errors import CheckpointError, UsageError
+from peerify.files import PROCESSOR_FILES, matching, require_own
 from peerify.output import atomic_folder
-from peerify.source import PROCESSOR_FILES, Source, open_source
+from peerify.source import Source, open_source
 
 try:
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
@@ -78,6 +79,7 @@ class DenseModel:
         """Copy tokenizer, processor, generation and licence files into `folder`, byte for byte.
 
         A GGUF file holds its tokenizer inside, so there it is written out anew.
+        Raises CheckpointError where one of the files is a link out of the model's folder, or no regular file.
         """
         folder = Path(folder)
         if self.gguf:
@@ -85,11 +87,11 @@ class DenseModel:
             _drop_keys(folder / "tokenizer_config.json", LOCAL_KEYS)
         elif self.files:
             patterns = [*PROCESSOR_FILES, *(["*.py"] if self.trust_remote_code else [])]
-            for path in sorted({path for pattern in patterns for path in self.files.glob(pattern)}):
-                target = folder / path.relative_to(self.files)
-                if path.is_file() and not path.name.endswith((".safetensors", ".bin")):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, target)
+            names = [name for name in matching(self.files, patterns) if not name.endswith((".safetensors", ".bin"))]
+            require_own(self.files, names, self.source, CheckpointError, "put the file itself there, or remove it")
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.files / name, folder / name)
 
 
 def load_dense(

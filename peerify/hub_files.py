@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from peerify.errors import CheckpointError
-from peerify.source import PROCESSOR_FILES, no_safetensors, weight_files
+from peerify.files import PROCESSOR_FILES
+from peerify.source import no_safetensors, weight_files
 
 
 def download(repo: str, *, revision: str | None = None, weights: bool = True, code: bool = False) -> tuple[Path, str]:

@@ -188,4 +188,5 @@ def _push(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[str,
 
     assert recipe.hub is not None
     settings = recipe.hub.model_dump(exclude={"repo", "every"})
-    return push(final, recipe.hub.repo, **settings, progress=progress)
+    trust = recipe.trust_remote_code
+    return push(final, recipe.hub.repo, **settings, trust_remote_code=trust, progress=progress)

@@ -17,10 +17,12 @@ from typing import Any
 from peerify import __version__, frontmatter, loadback
 from peerify.card import fresh_card, write_card
 from peerify.errors import PublishError, UsageError
-from peerify.output import MARKER, alive
+from peerify.files import CARD, MARKER, WEIGHTS, everything, require_own
+from peerify.output import alive
+from peerify.reading import printable, read_object
 from peerify.recipe import HubConfig
 from peerify.source import check_weights, open_source, weight_files
-from peerify.transfer import CARD, WEIGHTS, LocalFile, need_token, page, require, set_tag, transfer
+from peerify.transfer import LocalFile, need_token, page, require, set_tag, transfer
 
 Progress = Callable[[str, int, int], None]
 CODE, INDEX = "modeling_peer.py", "model.safetensors.index.json"
@@ -43,6 +45,7 @@ def push(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dry_run: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Publish the converted model in `folder` as `repo` (user/name), and prove that it arrived.
@@ -59,6 +62,7 @@ def push(
         message: title of the commit.
         include, exclude: patterns of file names to send and to leave out; what the model needs cannot be left out.
         dry_run: check everything here, send nothing.
+        trust_remote_code: the folder may hold code that peerify did not write, and the check runs it.
         progress: called with (stage, done, total).
 
     Returns:
@@ -73,6 +77,8 @@ def push(
     folder = Path(folder).expanduser()
     tell = progress if progress is not None else lambda *_: None
     files = check_folder(folder, include, exclude)
+    if not trust_remote_code:
+        _refuse_code(folder)
     if not dry_run:
         need_token(repo)
     total = sum(file.size for file in files)
@@ -112,7 +118,13 @@ def push(
 
 
 def push_checkpoint(
-    checkpoint: Path, converted: Path, hub: HubConfig, *, steps: int, progress: Progress | None = None
+    checkpoint: Path,
+    converted: Path,
+    hub: HubConfig,
+    *,
+    steps: int,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Publish a training checkpoint: its model.safetensors in the converted model's folder, on a branch of its own.
 
@@ -121,7 +133,10 @@ def push_checkpoint(
     """
     with tempfile.TemporaryDirectory(prefix=".push-", dir=checkpoint.parent) as name:
         folder = Path(name) / converted.name
-        shutil.copytree(converted, folder, ignore=lambda _, names: [name for name in names if WEIGHTS.fullmatch(name)])
+        for file in check_folder(converted):
+            if not WEIGHTS.fullmatch(file.name):
+                (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file.path, folder / file.name)
         try:
             os.link(checkpoint / "model.safetensors", folder / "model.safetensors")
         except OSError:  # a file system without hard links
@@ -137,6 +152,7 @@ def push_checkpoint(
             message=hub.message or f"Checkpoint at step {steps}",
             include=hub.include,
             exclude=hub.exclude,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
 
@@ -199,16 +215,33 @@ def _check_code(folder: Path) -> None:
         )
 
 
+def _refuse_code(folder: Path) -> None:
+    """Refuse code of a stranger's, which loading the folder would run: files of it, and names of it in the configs."""
+    auto_map = read_object(folder / "config.json", PublishError).get("auto_map")
+    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    ours = CODE.removesuffix(".py") + "."
+    if not all(isinstance(name, str) and name.startswith(ours) and "--" not in name for name in named):
+        raise PublishError(f"{folder}/config.json names code other than {CODE} in its auto_map; convert again")
+    remedy = "read it, then pass --trust-remote-code"
+    for name in everything(folder):
+        if (folder / name).is_dir():  # a link, behind which there may be code
+            raise PublishError(f"{printable(name)} in {folder} is a link to a folder; put the folder itself there")
+        if name.endswith(".py") and name != CODE:
+            raise PublishError(f"{folder} holds {printable(name)}, code that peerify did not write; {remedy}")
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists() and "auto_map" in read_object(tokenizer, PublishError):
+        raise PublishError(f"{tokenizer} names code of its own (auto_map), which loading it would run; {remedy}")
+
+
 def _select(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> list[LocalFile]:
     from huggingface_hub.utils import filter_repo_objects
 
-    names = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        names += [(Path(parent) / name).relative_to(folder).as_posix() for name in sorted(files) if name[0] != "."]
+    names = everything(folder)
     asked = set(filter_repo_objects(names, allow_patterns=list(include))) if include else set()
     usual = asked if include else set(filter_repo_objects(names, ignore_patterns=list(NOT_THE_MODEL)))
     chosen = set(filter_repo_objects(sorted(usual | asked), ignore_patterns=list(exclude) or None))
+    remedy = "put the file itself there, or leave it out with --exclude"
+    require_own(folder, sorted(chosen), str(folder), PublishError, remedy)
     return [LocalFile(folder / name, name) for name in names if name in chosen]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from peerify.errors import CheckpointError
+from peerify.files import MODEL_FILES, matching, require_own
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 DTYPE_BITS = {
@@ -29,12 +30,6 @@ GGUF_NUMBERS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?")))
 }
 GGUF_STRING, GGUF_ARRAY = 8, 9
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
-# What a folder needs besides its weights to be used with text, images or sound. Licences travel along.
-PROCESSOR_FILES = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("*.model", "*.tiktoken", "*processor*.json", "feature_extractor*.json", "generation_config.json"),
-    *("additional_chat_templates/*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,7 @@ def open_source(source: str | Path, *, revision: str | None = None, weights: boo
     if not text:
         raise CheckpointError("The model's name is empty: there is no such model")
     if path.is_dir():
+        _require_own(path, text, code)
         found = Source(path.resolve().name, None, path, config=_read_config(path, text))
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -78,10 +74,18 @@ def open_source(source: str | Path, *, revision: str | None = None, weights: boo
         from peerify.hub_files import download
 
         path, commit = download(text, revision=revision, weights=weights, code=code)
+        _require_own(path, text, code)
         found = Source(text, commit, path, config=_read_config(path, text))
     if weights:
         check_weights(found.folder, text)
     return found
+
+
+def _require_own(folder: Path, label: str, code: bool) -> None:
+    """Refuse links out of the folder under a name that is read: they would bring anybody's file into the output."""
+    patterns = (*MODEL_FILES, "*.py") if code else MODEL_FILES
+    remedy = "put the file itself there, or remove it"
+    require_own(folder, matching(folder, patterns), label, CheckpointError, remedy)
 
 
 def weight_files(folder: Path, label: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from peerify import __version__, frontmatter
 from peerify.card import fresh_card
 from peerify.errors import PublishError
+from peerify.files import CARD, WEIGHTS
 from peerify.hub_calls import Patience, hub_errors, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-CARD = "README.md"
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 SMALL = 1_000_000  # bytes
 OPEN_PULLS = 10  # looked through for one that already holds the same files
 

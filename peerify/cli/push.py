@@ -30,6 +30,7 @@ from peerify.recipe import Recipe, describe
     metavar="FILE",
     help="Output of `peerify eval --json`, for the table in the model card; kept in FOLDER's peerify.json.",
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run code in FOLDER that peerify did not write, to check it.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show files, sizes and card, and send nothing.")
 @common
 def push(
@@ -38,6 +39,7 @@ def push(
     recipe_file: str | None,
     results: tuple[str, ...],
     dry_run: bool,
+    trust_remote_code: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -65,6 +67,7 @@ def push(
         hub, folder = recipe.hub, recipe.output
         if hub is None:
             raise UsageError(f"{recipe_file} has no `hub:` section: write `hub: {{repo: user/name}}`, or name REPO")
+        trust_remote_code = trust_remote_code or recipe.trust_remote_code
     elif folder is None or repo is None:
         raise UsageError("push needs FOLDER and REPO (user/name), or --recipe with a `hub:` section")
     else:
@@ -78,7 +81,13 @@ def push(
             check_folder(Path(folder))
         for path in results:
             record_results(Path(folder), _result(path))
-        result = push(folder, settings.pop("repo"), **settings, dry_run=dry_run, progress=progress)
+        result = push(
+            *(folder, settings.pop("repo")),
+            **settings,
+            dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     from peerify import report
 
     report.print_json(result) if as_json else report.print_push(result)

@@ -279,7 +279,12 @@ def _publisher(recipe: Recipe, tell: Progress) -> Callable[[Path, int], None] | 
         if number % hub.every == 0:  # type: ignore[operator]
             try:
                 steps = state.read_state(checkpoint).step
-                push_checkpoint(checkpoint, Path(recipe.output).expanduser(), hub, steps=steps, progress=tell)
+                push_checkpoint(
+                    *(checkpoint, Path(recipe.output).expanduser(), hub),
+                    steps=steps,
+                    trust_remote_code=recipe.trust_remote_code,
+                    progress=tell,
+                )
             except PeerifyError as error:
                 logger.warning("%s was not pushed, training goes on: %s", checkpoint.name, error)
 
