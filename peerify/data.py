@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peerify.errors import DataError, UsageError
+from peerify.hub_calls import reachable
 
 Progress = Callable[[str, int, int], None]
 
@@ -212,6 +213,8 @@ def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
     """
     if not HUB_DATASET.fullmatch(spec):
         raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
+    if streaming and not reachable():  # the library itself would try for half a minute
+        raise DataError(f"{spec} is no text file here, and the Hub, to look for such a dataset, cannot be reached")
     import datasets
 
     name, config, split, *_ = [*spec.split(":"), None, None]

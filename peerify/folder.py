@@ -38,7 +38,8 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
     """
     tell = progress if progress is not None else lambda *_: None
-    with atomic_folder(recipe.output, overwrite=recipe.overwrite) as folder:
+    read = [recipe.model, *recipe.calibration.sources]
+    with atomic_folder(recipe.output, overwrite=recipe.overwrite, inputs=read) as folder:
         dense, windows_bt = load_for_conversion(recipe, progress)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)

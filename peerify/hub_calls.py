@@ -14,6 +14,7 @@ from typing import TypeVar
 from peerify.errors import PeerifyError, PublishError
 
 PATIENCE_S = 60.0  # waiting, in all, without getting any further
+ANSWER_S = 10.0  # until a Hub that does not answer counts as gone
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # 409, 412: somebody is or was committing
 # The Xet client reports every refusal as a lost connection, with the status in the text.
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
@@ -47,6 +48,29 @@ class Patience:
                 time.sleep(pause)
                 self._waited += pause
                 self._pause = min(8.0, 2 * self._pause)
+
+
+def reachable() -> bool:
+    """Whether anything answers at the Hub's address, found out by one request.
+
+    The client itself would try for half a minute before it says that there is no network.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+    except Exception as error:  # whatever else went wrong, the call that is wanted will say so
+        return not _is_connection(error)
+    return True
+
+
+def need_hub(repo: str) -> None:
+    """Raise PublishError where nothing answers at the Hub's address."""
+    if not reachable():
+        raise PublishError(_unreachable(repo))
 
 
 def status_of(error: BaseException) -> int | None:
@@ -112,8 +136,6 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException, repo: str) -> str:
-    from huggingface_hub import constants
-
     status, said = status_of(error), _said(error)
     detail = f" ({said})" if said else ""
     if status == 401:
@@ -136,15 +158,21 @@ def _explain(error: BaseException, repo: str) -> str:
     if status is not None:
         return f"{repo}: the Hub refused with status {status}{detail}"
     if _is_connection(error):
-        return (
-            f"{repo}: the Hub at {constants.ENDPOINT} cannot be reached; push again later, and it goes on where it was"
-        )
+        return _unreachable(repo)
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
         return f"{repo}: the disk is full; free some space (HF_HOME says where the Hub's files are kept)"
     if type(error).__name__ == "OfflineModeIsEnabled":
-        return f"{repo}: HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it"
+        return _unreachable(repo)
     return f"{repo}: {_line(str(error)) or type(error).__name__}"
+
+
+def _unreachable(repo: str) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"{repo}: HF_HUB_OFFLINE is set, so the Hub cannot be reached; unset it"
+    return f"{repo}: the Hub at {constants.ENDPOINT} cannot be reached; push again later, and it goes on where it was"
 
 
 def _said(error: BaseException) -> str:

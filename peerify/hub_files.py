@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peerify.errors import CheckpointError
 from peerify.files import PROCESSOR_FILES
+from peerify.hub_calls import reachable
 from peerify.source import no_safetensors, weight_files
 
 
@@ -25,19 +26,26 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
         validate_repo_id(repo)
     except ValueError as error:
         raise CheckpointError(f"{repo}: no such directory, and not a Hub id (user/name)") from error
+    local = not reachable()  # whatever the cache holds must do
     try:
-        config = hf_hub_download(repo, "config.json", revision=revision)
+        config = hf_hub_download(repo, "config.json", revision=revision, local_files_only=local)
         folder = Path(config).parent
         commit = folder.name  # every call below uses the commit, so a push meanwhile changes nothing
         # The card tells licence and language, which a converted model takes over.
         patterns = [*PROCESSOR_FILES, "README.md", *(["*.py"] if code else [])]
-        with suppress(errors.LocalEntryNotFoundError):  # offline: whatever the cache holds must do
-            snapshot_download(repo, revision=commit, allow_patterns=patterns, ignore_patterns=["*.bin"])
+        with suppress(errors.LocalEntryNotFoundError):
+            snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=patterns,
+                ignore_patterns=["*.bin"],
+                local_files_only=local,
+            )
         if weights:
             not_cached: Exception | None = None
             for name in ("model.safetensors", "model.safetensors.index.json"):
                 try:
-                    hf_hub_download(repo, name, revision=commit)
+                    hf_hub_download(repo, name, revision=commit, local_files_only=local)
                     break
                 except errors.LocalEntryNotFoundError as error:
                     not_cached = error
@@ -46,7 +54,7 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
             else:
                 raise not_cached or CheckpointError(no_safetensors(repo, _list_files(repo, commit)))
             for name in weight_files(folder, repo):
-                hf_hub_download(repo, name, revision=commit)
+                hf_hub_download(repo, name, revision=commit, local_files_only=local)
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`"

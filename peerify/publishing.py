@@ -18,6 +18,7 @@ from peerify import __version__, frontmatter, loadback
 from peerify.card import fresh_card, write_card
 from peerify.errors import PublishError, UsageError
 from peerify.files import CARD, MARKER, WEIGHTS, everything, require_own
+from peerify.hub_calls import need_hub
 from peerify.output import alive
 from peerify.reading import printable, read_object
 from peerify.recipe import HubConfig
@@ -81,6 +82,7 @@ def push(
         _refuse_code(folder)
     if not dry_run:
         need_token(repo)
+        need_hub(repo)
     total = sum(file.size for file in files)
     result: dict[str, Any] = {"repo": repo, "commit": None, "url": page(repo), "revision": revision, "tag": tag}
     with _scratch(2 * total if not dry_run else 0) as scratch:

@@ -140,7 +140,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.validate(json.loads(self.read())["content"])
         if parts[:3] == ["api", "repos", "create"]:
             return self.create(token)
-        if parts[:2] == ["api", "models"] or (len(parts) > 3 and parts[2] == "resolve") or parts[1].endswith(".git"):
+        if parts[:2] == ["api", "models"] or ".git" in self.path or parts[2:3] == ["resolve"]:
             name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2]).removesuffix(".git")
             repo = self.hub.repos.get(name)
             if repo is None or (repo.private and not token):

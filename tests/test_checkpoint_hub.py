@@ -79,11 +79,11 @@ def hub(tmp_path: Path) -> Iterator[SimpleNamespace]:
         "HF_HOME": str(tmp_path / "cache"),
     }
 
-    def load(source: str, options: str = "", **changes: str) -> str:
+    # No waiting between the client's retries.
+    def load(source: str, options: str = "", before: str = "import time\ntime.sleep = abs\n", **changes: str) -> str:
         # open_source is all that touches the Hub, and needs no torch: each process takes half a second.
         code = (
-            "import time\ntime.sleep = lambda seconds: None\n"  # no waiting between the client's retries
-            "from peerify.source import open_source\nfrom peerify.errors import CheckpointError\n"
+            f"{before}from peerify.source import open_source\nfrom peerify.errors import CheckpointError\n"
             f"try:\n    found = open_source({source!r}, {options})\n"
             "    print('ok', found.name, found.revision)\n"
             "except CheckpointError as error:\n    print(error)\n"
@@ -98,6 +98,8 @@ def hub(tmp_path: Path) -> Iterator[SimpleNamespace]:
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("\n") == 1
+        if "cannot be reached" in run.stdout:
+            assert run.stderr == "", "no line for every try"
         return run.stdout.strip()
 
     yield SimpleNamespace(root=root, asked=asked, load=load)
@@ -133,3 +135,13 @@ def test_hub_refusals(dense: Path, hub: SimpleNamespace) -> None:
     assert "no revision v9" in hub.load("user/pickled", "revision='v9'")
     assert "status 500" in hub.load("user/broken")
     assert "cannot be reached" in hub.load("user/pickled", HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def test_no_network_is_found_out_at_once(dense: Path, hub: SimpleNamespace) -> None:
+    """The client itself would try six times, half a minute in all, with a line for each."""
+    shutil.copytree(dense, hub.root / "user" / "model")
+    hub.load("user/model")
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    impatient = "import time\ndef sleep(seconds): raise SystemExit('slept')\ntime.sleep = sleep\n"
+    assert "the Hub cannot be reached" in hub.load("user/other", before=impatient, **nowhere)
+    assert hub.load("user/model", before=impatient, **nowhere) == f"ok user/model {COMMIT}"  # from the cache

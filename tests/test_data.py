@@ -80,6 +80,7 @@ def test_hub_datasets_are_streamed_and_only_as_far_as_needed(monkeypatch: pytest
         calls.append((name, config, split, streaming))
         return ({"text": "0123456789"} if i < 3 else pytest.fail("read too far") for i in range(100))
 
+    monkeypatch.setattr("peerify.data.reachable", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert read_text("org/name:config-v1", 25) == "0123456789\n\n0123456789\n\n0"
     read_text("name:config:test", 1)
@@ -91,10 +92,17 @@ def test_hub_datasets_are_streamed_and_only_as_far_as_needed(monkeypatch: pytest
     ]
 
 
+def test_a_hub_dataset_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())  # is not asked
+    with pytest.raises(DataError, match=r"^org/name is no text file here, and the Hub, .*, cannot be reached$"):
+        read_text("org/name")
+
+
 def test_a_hub_dataset_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: Any, **__: Any) -> Any:
         raise ConnectionError("no network\nTraceback")
 
+    monkeypatch.setattr("peerify.data.reachable", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(DataError, match=r"^org/name is no text file here, and as a Hub dataset .*: no network$"):
         read_text("org/name")

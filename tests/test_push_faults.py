@@ -248,6 +248,9 @@ def test_no_server(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     use(hub, monkeypatch, tmp_path)
     with pytest.raises(PublishError, match="cannot be reached"):
         send(model)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited for a Hub that was never there"))
+    with pytest.raises(PublishError, match=r"user/model: the Hub at http.* cannot be reached; push again later"):
+        publishing.push(model, "user/model", progress=lambda *_: pytest.fail("it began before it looked for the Hub"))
 
 
 @pytest.mark.parametrize(

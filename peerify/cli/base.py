@@ -159,10 +159,12 @@ def library(as_json: bool) -> Iterator[Any]:
         if sys.stderr.isatty():  # a log does not need to know
             progress("Starting", 0, 1)
         from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
         if not debug:
             warnings.simplefilter("ignore")
+            hub_logging.set_verbosity_error()  # a line for each try to reach the Hub
             logging.set_verbosity_error()
             logging.disable_progress_bar()
         if not sys.stderr.isatty():
