@@ -271,6 +271,7 @@ def test_a_recipe_says_where(folder: Path, hub: Hub, tmp_path: Path, monkeypatch
         "include": [],
         "exclude": ["*.txt"],
         "dry_run": False,
+        "trust_remote_code": False,
     }
     assert record(folder)["evaluation"] == [{"data": "t", "tokens": 9, "perplexity": 2.5, "against": None}]
     recipe.write_text(text)
