@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from peerify import frontmatter
-from peerify.output import MARKER
+from peerify.errors import PublishError
+from peerify.files import CARD, MARKER
+from peerify.reading import read_text
 
 PLACEHOLDER = "PATH_OR_ID"
 # Several Auto classes load the same class; the card shows the one that people know, with what it is used for.
@@ -59,6 +61,20 @@ def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:
         values["base_model_relation"] = RELATION
     title = f"# {(source.get('base_model') or source['model']).split('/')[-1]} with PEER layers"
     return frontmatter.regenerate(old, values, title, _block(record, config, name, told))
+
+
+def edited_card(folder: Path) -> str | None:
+    """The text of README.md in a folder that peerify wrote, where people wrote something into it; else None.
+
+    Raises:
+        PublishError: the card cannot be read.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return None
+    text = read_text(path, PublishError, "write it anew, or remove it")
+    card = frontmatter.parse(text, str(path))
+    return text if any(card.edited(key) for key in {**card.values(), **card.generated}) else None
 
 
 def record_results(folder: Path, result: Mapping[str, Any]) -> None:

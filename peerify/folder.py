@@ -16,13 +16,13 @@ import transformers
 from torch import Tensor
 
 import peerify
-from peerify.card import write_card
+from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense
 from peerify.config import PeerConfig
 from peerify.conversion import Conversion, Progress, convert
 from peerify.data import check_windows, load_windows
-from peerify.errors import ConversionError
-from peerify.output import MARKER
+from peerify.errors import ConversionError, OutputError
+from peerify.files import CARD, MARKER
 from peerify.provenance import provenance
 from peerify.recipe import Recipe
 
@@ -41,11 +41,12 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     read = [recipe.model, *recipe.calibration.sources]
     with atomic_folder(recipe.output, overwrite=recipe.overwrite, inputs=read) as folder:
         dense, windows_bt = load_for_conversion(recipe, progress)
+        card = _card_to_keep(recipe.output, dense)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)
         resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
         resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
-        _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size)
+        _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size, card)
         tell("Writing", 1, 1)
     return {
         "output": recipe.output,
@@ -119,7 +120,8 @@ def save(
         "calibration": {"data": list(data)},
     }
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        _write_model(temporary, conversion, dense, resolved, _seen(calibration), max_shard_size)
+        card = _card_to_keep(folder, dense)
+        _write_model(temporary, conversion, dense, resolved, _seen(calibration), max_shard_size, card)
 
 
 def _write_model(
@@ -129,6 +131,7 @@ def _write_model(
     recipe: dict[str, Any],
     seen: dict[str, Any],
     max_shard_size: str,
+    card: str | None,
 ) -> None:
     """All files of a converted model. The same conversion writes the same bytes: no dates, no local paths."""
     dense.save_processor(folder)
@@ -150,7 +153,27 @@ def _write_model(
         "files": files,  # of the source model, beside the weights
     }
     (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
     write_card(folder)
+
+
+def _card_to_keep(out: str | Path, dense: DenseModel) -> str | None:
+    """The card of the folder that is replaced, where people wrote something into it.
+
+    Raises:
+        OutputError: what they wrote is about another model.
+    """
+    folder = Path(out).expanduser()
+    card = edited_card(folder)
+    if (
+        card is not None
+        and json.loads((folder / MARKER).read_text(encoding="utf-8"))["source"]["model"] != dense.source
+    ):
+        raise OutputError(
+            f"{folder / CARD} was edited, and is about another model; move it away, or choose another place"
+        )
+    return card
 
 
 def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from checkpoints import text_file, tiny_checkpoint
 from click.testing import CliRunner
 
 from peerify import checkpoint, cli, files, publishing
-from peerify.errors import CheckpointError, PeerifyError, PublishError
+from peerify.errors import CheckpointError, OutputError, PeerifyError, PublishError
 from peerify.folder import convert_checkpoint
 from peerify.recipe import Recipe
 
@@ -44,10 +44,10 @@ def dense(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original / "dense", tmp_path / "models" / "dense"))
 
 
-def convert(model: Path, out: Path, text: Path) -> dict[str, Any]:
+def convert(model: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]:
     settings = {"data": str(text), "tokens": 256, "context": 32}
     recipe = {"model": str(model), "output": str(out), "calibration": settings, "convert": {"refine_steps": 0}}
-    return convert_checkpoint(Recipe.model_validate(recipe))
+    return convert_checkpoint(Recipe.model_validate(recipe | more))
 
 
 def holds_the_secret(folder: Path) -> list[str]:
@@ -239,3 +239,37 @@ def test_the_files_of_a_folder_that_are_not_peerifys(folder: Path) -> None:
     assert sorted(files.foreign(folder)) == [".hidden", "mine.txt", "model-1.safetensors", "sub/model.safetensors"]
     (folder / "model-1.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     assert "model-00001-of-00002.safetensors" not in files.foreign(folder)
+
+
+def test_what_people_wrote_into_the_card_stays_when_the_folder_is_replaced(
+    dense: Path, original: Path, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out", original / "text.txt"
+    convert(dense, out, text)
+    first = (out / "README.md").read_text()
+    convert(dense, out, text, overwrite=True)
+    assert (out / "README.md").read_text() == first
+    edited = first.replace("---\n", "---\nlicense: mit\n", 1).replace(
+        "<!-- peerify:end -->", "<!-- peerify:end -->\nMine."
+    )
+    (out / "README.md").write_text(edited)
+    convert(dense, out, text, overwrite=True)
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert card.endswith("Mine.\n")
+    shutil.copytree(dense, tmp_path / "another")
+    with pytest.raises(OutputError, match=r"README\.md was edited, and is about another model; move it away"):
+        convert(tmp_path / "another", out, text, overwrite=True)
+    assert (out / "README.md").read_text() == card
+
+
+def test_a_conversion_does_not_replace_what_it_reads(dense: Path, original: Path, tmp_path: Path) -> None:
+    """`convert p/dense p --overwrite` left neither."""
+    out = tmp_path / "models"
+    (out / "peerify.json").write_text('{"peerify": "0.1.0", "source": {}}')
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        OutputError, match=r"models/dense is read and lies in .*models, which --overwrite would replace"
+    ):
+        convert(dense, out, original / "text.txt", overwrite=True)
+    assert sorted(out.rglob("*")) == before

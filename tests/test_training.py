@@ -150,7 +150,7 @@ def test_every_nth_checkpoint_is_published_and_a_failure_stops_nothing(
 
     pushed: list[tuple[str, int]] = []
 
-    def push_checkpoint(checkpoint: Path, converted: Path, hub: Any, *, steps: int, progress: Any) -> None:
+    def push_checkpoint(checkpoint: Path, converted: Path, hub: Any, *, steps: int, **_: Any) -> None:
         assert weights(str(checkpoint)).keys() == weights(str(converted)).keys()
         pushed.append((hub.repo, steps))
         raise PublishError("the Hub is away")

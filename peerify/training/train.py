@@ -15,10 +15,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
 from peerify.data import check_windows, load_windows
 from peerify.errors import OutputError, PeerifyError, UsageError
-from peerify.output import MARKER
+from peerify.files import CARD, MARKER
 from peerify.recipe import Recipe
 from peerify.training import loggers, state
 from peerify.training.allocator import keep_freed_memory
@@ -317,8 +318,9 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
         record["training"] = {"recipe": settings, **{key: result[key] for key in kept}}
         record.pop("evaluation", None)  # of the model before it was trained
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        from peerify.card import write_card
-
+        card = edited_card(Path(result["output"]).expanduser()) or edited_card(Path(recipe.output).expanduser())
+        if card is not None:  # what people wrote stays, with the result that is replaced or the model that was trained
+            (folder / CARD).write_text(card, encoding="utf-8")
         write_card(folder)
 
 
