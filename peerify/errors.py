@@ -40,3 +40,16 @@ class PublishError(PeerifyError):
 
 class TrainingError(PeerifyError):
     """Training cannot go on as the recipe says."""
+
+
+class StoppedError(PeerifyError):
+    """A run was stopped by a signal, and what it had done is safe."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        """`message` may be empty, in processes that leave the speaking to another one."""
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a polite kill cleans up like Ctrl-C."""

@@ -112,8 +112,8 @@ def push(
             tell("Loading it back from the Hub", 1, 1)
             if tag:
                 set_tag(repo, tag, sent.commit)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{repo} was pushed as commit {sent.commit[:12]}, but not verified") from None
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(f"{repo} was pushed as commit {sent.commit[:12]}, but not verified") from None
     rows = [{"path": file.name, "bytes": file.size, "sent": file.name in sent.sent} for file in files]
     where = {"commit": sent.commit, "url": sent.url, "revision": sent.revision}
     return result | where | {"files": rows, "new_commit": sent.new, "verified": True}

@@ -193,7 +193,7 @@ def print_training(result: Mapping[str, Any]) -> None:
     if result["perplexity"] is not None:
         console.print(f"smallest perplexity measured on the way: {result['perplexity']:.2f}")
     if result["stopped"]:
-        console.print(f"stopped early; checkpoint in {result['checkpoints']}\nnext: the same command with --resume")
+        console.print(f"stopped early; checkpoint in {result['checkpoints']}")
     else:
         console.print(
             f"model: {result['output']}\nnext: peerify eval {result['output']} --against DENSE --data TEXT.txt"
@@ -211,9 +211,7 @@ def print_run(result: Mapping[str, Any]) -> None:
         print_evaluation(result["eval"])
     if "push" in result["done"]:
         console.print(f"published: {result['push'].get('url', result['push'].get('repo'))}")
-    if result["stopped"]:
-        console.print("next: the same command goes on from here")
-    else:
+    if not result["stopped"]:
         console.print(f"model: {result['output']}")
 
 

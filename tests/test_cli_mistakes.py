@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
@@ -125,6 +126,29 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> No
     result = run(*CONVERT)
     assert (result.exit_code, result.stderr) == (130, "peerify: interrupted; out left as it was\n")
 
+    def terminated(*_: Any, **__: Any) -> Any:
+        raise errors.Terminated
+
+    stand_in(monkeypatch, terminated)
+    result = run(*CONVERT)
+    assert (result.exit_code, result.stderr) == (143, "peerify: terminated; out left as it was\n")
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_training_that_a_signal_stopped_prints_its_result_and_is_no_success(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str
+) -> None:
+    stopped = {"steps": 7, "stopped": True, "signal": int(number)}
+    monkeypatch.setattr("peerify.training.train.train_checkpoint", lambda *_, **__: stopped)
+    monkeypatch.setattr("peerify.pipeline._convert", lambda *_: {})
+    (here / "r.yaml").write_text("model: llama\noutput: out\ntrain: {data: {sources: text.txt}}\n")
+    result = run("train", "r.yaml", "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (128 + number, stopped)
+    assert result.stderr == f"peerify: {word}; the same command with --resume goes on after step 7\n"
+    result = run("run", "r.yaml", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["train"]) == (128 + number, stopped)
+    assert result.stderr.endswith(f"peerify: {word}; the same command goes on with training after step 7\n")
+
 
 # The command line without torch: what inspect does is `work`, and its results are long.
 LIGHT = """
@@ -150,7 +174,8 @@ def test_a_reader_that_leaves_causes_no_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "peerify: interrupted\n"), (signal.SIGTERM, 143, "")]
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "peerify: interrupted\n"), (signal.SIGTERM, 143, "peerify: terminated\n")],
 )
 def test_signals_end_a_run_quietly(number: int, code: int, said: str) -> None:
     process = spawn("-c", LIGHT.replace("SECONDS", "60"))

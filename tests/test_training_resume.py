@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,10 +86,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(here: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_0_and_resume_goes_on(here: Path) -> None:
-    recipe(tokens=1280 * 40)
+@pytest.mark.parametrize(
+    ("number", "command", "said"),
+    [
+        (signal.SIGTERM, "train", r"peerify: terminated; the same command with --resume goes on after step \d+\n"),
+        (signal.SIGINT, "run", r"peerify: interrupted; the same command goes on with training after step \d+\n"),
+    ],
+)
+def test_a_signal_saves_and_says_so_and_is_no_success(here: Path, number: int, command: str, said: str) -> None:
+    """So that `peerify train r.yaml && peerify push ...` does not go on."""
+    recipe("convert.refine_steps=0", tokens=1280 * 40)
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    argv = [sys.executable, "-m", "peerify", "train", "r.yaml", "--json"]
+    argv = [sys.executable, "-m", "peerify", command, "r.yaml", "--json"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
@@ -96,10 +105,11 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(here: Path) -> None:
             if path.exists() and path.read_text().count("\n") > 3:
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    result = json.loads(out)
+    assert process.returncode == 128 + number, err
+    assert re.fullmatch(said, err.splitlines(keepends=True)[-1])
+    result = json.loads(out) if command == "train" else json.loads(out)["train"]
     assert result["stopped"] is True
     assert result["output"] is None
     assert not Path("peer-healed").exists()
@@ -121,7 +131,7 @@ def test_an_interrupt_stops_after_the_step(here: Path, monkeypatch: pytest.Monke
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(stage.Stage, "step", step)
     result = trained()
-    assert (result["stopped"], result["steps"]) == (True, 5)
+    assert (result["stopped"], result["signal"], result["steps"]) == (True, signal.SIGINT, 5)
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.setattr(stage.Stage, "step", real)
     assert trained(resume=True)["steps"] == 10

@@ -7,16 +7,21 @@ inside the commands only, so that ``--help`` is instant.
 from __future__ import annotations
 
 import signal
-import sys
+from typing import Any
 
 from peerify.cli import convert, eval, inspect, push, run, train  # noqa: F401  each adds its command
 from peerify.cli.base import cli
+from peerify.errors import Terminated
 
 __all__ = ["cli", "main"]
 
 
 def main() -> None:
     """The console script."""
-    # A polite kill cleans up like an interrupt: the temporary folder goes, the target stays as it was.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def terminate(*_: Any) -> None:
+        # The temporary folder goes and the target stays as it was, as after Ctrl-C.
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     cli(prog_name="peerify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 import warnings
@@ -13,7 +14,7 @@ import click
 
 from peerify import __version__
 from peerify.config import PeerConfig
-from peerify.errors import PeerifyError, UsageError
+from peerify.errors import PeerifyError, StoppedError, Terminated, UsageError
 from peerify.hub_calls import redact
 from peerify.recipe import CalibrationConfig, Recipe, describe
 
@@ -47,7 +48,7 @@ class Boundary(click.Group):
     """Turns errors into one sentence on stderr and an exit code; tracebacks need --debug."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit 2 for wrong use, 130 when interrupted, 1 for anything else that failed."""
+        """Run the command; exit 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM, 1 for all else that failed."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # here, where a reader that went away can still be handled
@@ -60,14 +61,16 @@ class Boundary(click.Group):
             trace = traceback.format_exc()
             output = ctx.meta.get("peerify.output")
             state = f"; {error}" if str(error) else f"; {output} left as it was" if output else ""
-            message, code = f"interrupted{state}", 130
+            word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            message = f"{word}{state}"
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
             code, trace = 1, traceback.format_exc()
         if ctx.meta.get("peerify.debug"):
             click.echo(redact(trace), err=True, nl=False)
-        click.echo(f"peerify: {redact(message)}", err=True)
+        if message:
+            click.echo(f"peerify: {redact(message)}", err=True)
         ctx.exit(code)
 
 
@@ -125,6 +128,11 @@ def require_calibration(recipe: Recipe) -> None:
         )
 
 
+def stopped(number: int, state: str) -> StoppedError:
+    """The error that ends a command which a signal stopped, once its result is printed."""
+    return StoppedError(f"{'terminated' if number == signal.SIGTERM else 'interrupted'}; {state}", number)
+
+
 def loading(command: Command) -> Command:
     """The options of the commands that load models without a recipe."""
     command = click.option("--trust-remote-code", is_flag=True, help=describe("trust_remote_code"))(command)
@@ -146,6 +154,9 @@ def cli() -> None:
       peerify convert HuggingFaceTB/SmolLM2-135M smol-peer --calibration calibration.txt
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt
       peerify push smol-peer ada/smol-peer
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerify.cli.base import cli, common, library, overridable
+from peerify.cli.base import cli, common, library, overridable, stopped
 from peerify.recipe import Recipe
 
 
@@ -16,8 +16,8 @@ from peerify.recipe import Recipe
 def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
     """Do all of RECIPE: convert, train, evaluate, and publish where it has a `hub:` section.
 
-    What is done already is not done again: the same command goes on where it was stopped, in the middle of
-    training from the newest checkpoint.
+    What is done already is not done again: the same command goes on where it was stopped (exit code 130 after
+    Ctrl-C), in the middle of training from the newest checkpoint.
 
     \b
     Examples:
@@ -32,3 +32,6 @@ def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool)
     from peerify import report
 
     report.print_json(result) if as_json else report.print_run(result)
+    if result["stopped"]:
+        training = result[result["stopped"]]
+        raise stopped(training["signal"], f"the same command goes on with training after step {training['steps']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peerify.cli.base import cli, common, library, overridable
+from peerify.cli.base import cli, common, library, overridable, stopped
 from peerify.recipe import Recipe
 
 
@@ -15,12 +15,21 @@ from peerify.recipe import Recipe
 @click.option("--overwrite", is_flag=True, help="Start anew where an earlier run or result lies, and replace it.")
 @click.option("--dry-run", is_flag=True, help="Print what would train, and what that takes; train nothing.")
 @common
-def train(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+@click.pass_context
+def train(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Train the converted model of RECIPE further, towards the dense model it came from.
 
     The model is the recipe's `output`, the dense teacher its `model`; `train:` says on which text, with which
     losses, and what trains. Checkpoints, the log and curves go to the folder OUTPUT-run. Ctrl-C writes a
-    checkpoint and ends the run; --resume goes on with it as if nothing had happened.
+    checkpoint and ends the run with exit code 130; --resume goes on with it as if nothing had happened.
 
     \b
     Examples:
@@ -40,8 +49,11 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool
         report.print_json(plan) if as_json else report.print_training_plan(plan)
         return
     with library(as_json) as progress:
-        from peerify.training.train import train_checkpoint
+        from peerify.training.train import output_of, train_checkpoint
 
+        ctx.meta["peerify.output"] = output_of(loaded)
         result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)
     if result is not None:  # the main process
         report.print_json(result) if as_json else report.print_training(result)
+        if result["stopped"]:
+            raise stopped(result["signal"], f"the same command with --resume goes on after step {result['steps']}")

@@ -24,9 +24,8 @@ class Outcome:
     state: state.RunState
     checkpoint: Path | None
     """The last one written."""
-    final_loss: float | None
-    stopped: bool
-    """By a signal, before the end."""
+    signal: int
+    """That stopped the run before its end; 0: none did."""
 
 
 def run_stages(run: Run, resume_from: Path | None) -> Outcome:
@@ -41,40 +40,40 @@ def run_stages(run: Run, resume_from: Path | None) -> Outcome:
     now = state.RunState(recipe=run.recipe) if resume_from is None else state.read_state(resume_from)
     if now.position is not None:
         run.windows.seek(now.position)
-    checkpoint, first, loss = resume_from, now.step, None
-    with _signals() as stop:
+    checkpoint, first, stopped_by = resume_from, now.step, 0
+    with _signals() as caught:
         while now.stage < len(config.stages):
             with Stage(run, now, steps[now.stage], checkpoint) as stage:
                 while now.step_in_stage < steps[now.stage]:
-                    loss = stage.step()
+                    stage.step()
                     run.progress("Training", now.step - first, sum(steps) - first)
                     if run.test_bt is not None and (now.step % config.evaluation.every == 0 or now.step == sum(steps)):
                         stage.evaluate()
-                    stopping = _any(run.accelerator, stop.is_set())
+                    stopped_by = _in_any(run.accelerator, max(caught, default=0))
                     if now.step_in_stage < steps[now.stage]:
-                        if stopping or now.step % config.checkpoints.every == 0:
+                        if stopped_by or now.step % config.checkpoints.every == 0:
                             checkpoint = stage.save()
-                        if stopping:
-                            return Outcome(state=now, checkpoint=checkpoint, final_loss=loss, stopped=True)
+                        if stopped_by:
+                            return Outcome(state=now, checkpoint=checkpoint, signal=stopped_by)
                 checkpoint = stage.finish()
-            if stopping and now.stage < len(config.stages):
-                break
-    return Outcome(state=now, checkpoint=checkpoint, final_loss=loss, stopped=now.stage < len(config.stages))
+            if stopped_by and now.stage < len(config.stages):
+                return Outcome(state=now, checkpoint=checkpoint, signal=stopped_by)
+    return Outcome(state=now, checkpoint=checkpoint, signal=0)
 
 
-def _any(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+def _in_any(accelerator: Accelerator, number: int) -> int:
+    """The signal that some process caught; every process must call it."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second one ends the process as ever."""
-    stop = threading.Event()
+def _signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM add their number; a second signal ends the process as ever."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield caught
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -82,13 +81,13 @@ def _signals() -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(*_: Any) -> None:
-        stop.set()
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
         restore()
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield stop
+        yield caught
     finally:
         restore()

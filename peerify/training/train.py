@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
 from peerify.data import check_windows, load_windows
-from peerify.errors import OutputError, PeerifyError, UsageError
+from peerify.errors import OutputError, PeerifyError, StoppedError, UsageError
 from peerify.files import CARD, MARKER
 from peerify.recipe import Recipe
 from peerify.training import loggers, state
@@ -53,16 +53,16 @@ def train_checkpoint(
 ) -> dict[str, Any] | None:
     """Train the converted model in `recipe.output` as `recipe.train` says and write the result, whole or not at all.
 
-    Checkpoints, the log and curves lie in the folder `<output>-run`. Interrupted by SIGINT or SIGTERM, the run writes
-    a checkpoint and returns with "stopped" true; with `resume` it goes on from the newest one.
+    Checkpoints, the log and curves lie in the folder `<output>-run`. StoppedError by SIGINT or SIGTERM, the run writes
+    a checkpoint and returns with "stopped" true and the signal's number; with `resume` it goes on from the newest one.
 
     Returns:
-        ``{"output", "steps", "tokens", "final_loss", "perplexity", "stopped", "checkpoints", "trained_tokens"}``;
+        ``{"output", "steps", "tokens", "final_loss", "perplexity", "best_step", "stopped", "signal", "checkpoints"}``;
         output is None where the run stopped early. None on all processes but the main one.
 
     Raises:
         PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
-            is NaN or jumps.
+            is NaN or jumps; StoppedError, without a message, in the other processes of a run that was stopped.
     """
     config = section(recipe)
     target = output_of(recipe)
@@ -116,19 +116,22 @@ def train_checkpoint(
                 log.close()
         accelerator.end_training()
         if not accelerator.is_main_process:
+            if outcome.signal:
+                raise StoppedError("", outcome.signal)
             return None
         now = outcome.state
         result = {
-            "output": None if outcome.stopped else target,
+            "output": None if outcome.signal else target,
             "steps": now.step,
             "tokens": now.step * config.batch_size * config.data.context,
             "final_loss": now.losses[-1] if now.losses else None,
             "perplexity": now.best_perplexity,
             "best_step": now.best_step if config.evaluation.keep_best else None,
-            "stopped": outcome.stopped,
+            "stopped": outcome.signal > 0,
+            "signal": outcome.signal,
             "checkpoints": str(folder),
         }
-        if not outcome.stopped:
+        if not outcome.signal:
             assert outcome.checkpoint is not None
             tell("Writing", 0, 1)
             _write(run, recipe, ours, outcome.checkpoint, result)
