@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from peerify.errors import CheckpointError, UsageError
 from peerify.files import PROCESSOR_FILES, matching, require_own
 from peerify.output import atomic_folder
+from peerify.reading import printable, reason, shown
 from peerify.source import Source, open_source
 
 try:
@@ -37,6 +41,7 @@ except ImportError:  # an internal module, which not every release has
 __all__ = ["DenseModel", "atomic_folder", "load_dense", "load_for_eval", "load_skeleton"]
 
 OLDEST_TRANSFORMERS = "5.17"
+MAX_MODULES = 300_000  # three times what the largest mixtures of experts have
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 # Written by transformers into tokenizer_config.json: facts about this machine, not about the tokenizer.
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
@@ -62,13 +67,14 @@ class DenseModel:
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.files, trust_remote_code=self.trust_remote_code, **options
                 )
+                tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]  # what fails here fails on a text
         except Exception as error:
             if not self.gguf and self.files and not list(self.files.glob("*token*")):
                 raise CheckpointError(
                     f"{self.source} has no tokenizer (tokenizer.json): text cannot be turned into tokens; "
                     "copy the original model's tokenizer files beside the weights"
                 ) from error
-            raise CheckpointError(f"{self.source} has no readable tokenizer: {_line(error)}") from error
+            raise CheckpointError(f"{self.source} has no readable tokenizer: {reason(error)}") from error
         tokenizer.name_or_path = self.source
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.gguf and positions:  # GGUF tokenizers come without a length, which shows as 1e30
@@ -137,16 +143,43 @@ def load_skeleton(
     found = open_source(source, revision=revision, weights=False, code=trust_remote_code)
     _refuse_converted(found)
     config = _load_config(found, trust_remote_code)
-    cls = _model_class(found, config)
+    return _build(found, config, _model_class(found, config), trust_remote_code)
+
+
+def _build(found: Source, config: PretrainedConfig, cls: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device, in eval mode."""
     try:
-        with _quiet(), torch.device("meta"):
-            if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-                model = cls(config)
+        with _quiet(), torch.device("meta"), _few_modules():
+            if _is_native(cls):
+                model = cls(copy.deepcopy(config))  # some classes write into the config that they are given
             else:
                 model = cls.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be built from its config: {_line(error)}") from error
+        raise CheckpointError(f"{found.name} cannot be built from its config: {reason(error)}") from error
     return model.eval()
+
+
+def _is_native(cls: Any) -> bool:
+    """Whether `cls` is a model's own class, not an Auto class."""
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Stop a model that is being built once it has more modules than any model; a config may ask for millions."""
+    count = 0
+
+    def registered(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"it has more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _load(
@@ -174,13 +207,14 @@ def _load(
     else:
         options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     cls = _model_class(found, config)
-    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+    if _is_native(cls):
         options.pop("trust_remote_code", None)
+        _check_shapes(found, _build(found, config, cls, trust_remote_code))
     try:
         with _quiet():
             model, info = cls.from_pretrained(found.folder, output_loading_info=True, **options)
     except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be loaded: {_line(error)}") from error
+        raise CheckpointError(f"{found.name} cannot be loaded: {reason(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -191,6 +225,30 @@ def _load(
     _refuse_nonfinite(model, found.name)
     _forget_path(model, found)
     return DenseModel(model.to(target).eval(), found.name, found.revision, found.folder, found.gguf, trust_remote_code)
+
+
+def _check_shapes(found: Source, skeleton: PreTrainedModel) -> None:
+    """Refuse a config that asks for other weights than there are, before memory is taken for what it asks."""
+    prefix = f"{skeleton.base_model_prefix}."
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    for name, (_, shape) in found.tensors.items():
+        for known in (name, prefix + name, name.removeprefix(prefix)):
+            if wanted.get(known, shape) != shape:
+                raise CheckpointError(
+                    f"{found.name}: {printable(name)} has the shape {_by(shape)} in the file, and its config.json asks "
+                    f"for {_by(wanted[known])}; the two do not belong together"
+                )
+    asked = sum(math.prod(shape) for shape in wanted.values())
+    if asked > 2 * found.elements + 1_000_000:  # tied weights are stored once
+        what = "its header" if found.gguf else "its config.json"
+        raise CheckpointError(
+            f"{found.name}: {what} asks for {asked:,} parameters, and the file holds {found.elements:,} numbers; "
+            "the two do not belong together"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "()"
 
 
 def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
@@ -220,7 +278,7 @@ def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
             return AutoConfig.from_pretrained(found.folder, trust_remote_code=trust)
     except Exception as error:
         what = "metadata" if found.gguf else "config.json"
-        raise CheckpointError(f"{found.name}: its {what} cannot be used: {_line(error)}") from error
+        raise CheckpointError(f"{found.name}: its {what} cannot be used: {reason(error)}") from error
 
 
 def _model_class(found: Source, config: PretrainedConfig) -> Any:
@@ -231,15 +289,22 @@ def _model_class(found: Source, config: PretrainedConfig) -> Any:
 
         cls = getattr(modeling, name, None)
         if cls is None:
-            raise CheckpointError(f"{found.name}: this peerify does not know the class {name or 'None'}")
+            raise CheckpointError(f"{found.name}: this peerify does not know the class {shown(name)}")
         return cls
     auto_map = found.config.get("auto_map") or {}
     if type(config).__module__.startswith("transformers_modules"):
         named = [auto for auto, ref in auto_map.items() if str(ref).endswith("." + name)]
         return getattr(transformers, next(iter(named), "AutoModelForCausalLM"), transformers.AutoModel)
     cls = getattr(transformers, name, None) if name else None
-    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+    if _is_native(cls):
         return cls
+    if name and not auto_map:
+        usual: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        remedy = f"write {usual.__name__} there" if usual else "name the class that the model was saved from"
+        raise CheckpointError(
+            f"{found.name}: config.json names the architecture {shown(name)}, which transformers "
+            f"{transformers.__version__} does not have; {remedy}"
+        )
     for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         if type(config) in getattr(transformers, auto)._model_mapping:
             return getattr(transformers, auto)
@@ -249,9 +314,15 @@ def _model_class(found: Source, config: PretrainedConfig) -> Any:
 def _device(device: str) -> torch.device:
     try:
         target = torch.device(device)
+        if target.type == "meta":
+            raise ValueError("it holds no numbers")
         torch.empty(0, device=target)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
-        raise UsageError(f"device {device!r} cannot be used: {_line(error)}") from error
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        raise UsageError(
+            f"device {shown(device)} cannot be used ({reason(error)}); this machine has {', '.join(there)}"
+        ) from error
     return target
 
 
@@ -265,10 +336,10 @@ def _refuse_nonfinite(model: PreTrainedModel, name: str) -> None:
         if parameter.numel() and parameter.is_floating_point():
             low, high = torch.aminmax(parameter.detach())  # allocates nothing; NaN shows in both
             if not (low.isfinite() and high.isfinite()):
-                kind = "NaN" if low.isnan() else "infinite"
+                kind, dtype = "NaN" if low.isnan() else "infinite", str(parameter.dtype)[6:]
+                wider = ", or needs --dtype float32" if dtype != "float32" else ""
                 raise CheckpointError(
-                    f"{name}: the parameter {path} has {kind} values in {str(parameter.dtype)[6:]}; "
-                    "the checkpoint is damaged, or needs --dtype float32"
+                    f"{name}: the parameter {path} has {kind} values in {dtype}; the checkpoint is damaged{wider}"
                 )
 
 
@@ -293,12 +364,6 @@ def _require_transformers() -> None:
             f"peerify needs transformers {OLDEST_TRANSFORMERS} or newer, not {transformers.__version__}; "
             "run `pip install -U transformers`"
         )
-
-
-def _line(error: Exception) -> str:
-    """First line of what a library says, for the end of a sentence of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

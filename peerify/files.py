@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peerify.errors import PeerifyError
-from peerify.reading import printable
+from peerify.reading import printable, reason
 
 MARKER = "peerify.json"  # in every folder peerify writes; `overwrite` replaces no other
 CARD = "README.md"
@@ -46,11 +46,13 @@ def fault_of(path: Path, folder: Path) -> str | None:
     """
     try:
         status = path.stat()
-    except OSError as error:
-        circle = error.errno == errno.ELOOP
-        if path.is_symlink():
+    except (OSError, ValueError) as error:
+        if os.path.islink(path):
+            circle = isinstance(error, OSError) and error.errno == errno.ELOOP
             return "is a link that leads in a circle" if circle else "is a link that leads nowhere"
-        return f"cannot be read: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            return "is not there"
+        return f"cannot be read ({reason(error)})"
     if stat.S_ISDIR(status.st_mode):
         return "is a link to a folder" if path.is_symlink() else "is a folder"
     if not stat.S_ISREG(status.st_mode):

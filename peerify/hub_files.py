@@ -9,7 +9,7 @@ from pathlib import Path
 from peerify.errors import CheckpointError
 from peerify.files import PROCESSOR_FILES
 from peerify.hub_calls import reachable
-from peerify.source import no_safetensors, weight_files
+from peerify.weights import no_safetensors, weight_files
 
 
 def download(repo: str, *, revision: str | None = None, weights: bool = True, code: bool = False) -> tuple[Path, str]:
@@ -52,7 +52,7 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
                 except errors.EntryNotFoundError:
                     continue
             else:
-                raise not_cached or CheckpointError(no_safetensors(repo, _list_files(repo, commit)))
+                raise not_cached or CheckpointError(no_safetensors(repo, list_files(repo, commit)))
             for name in weight_files(folder, repo):
                 hf_hub_download(repo, name, revision=commit, local_files_only=local)
     except errors.GatedRepoError as error:
@@ -72,7 +72,7 @@ def download(repo: str, *, revision: str | None = None, weights: bool = True, co
             f"{repo}{at}: no such directory, not in the local cache, and the Hub cannot be reached"
         ) from error
     except errors.EntryNotFoundError as error:
-        names = _list_files(repo, revision)
+        names = list_files(repo, revision)
         if any(name.lower().endswith(".gguf") for name in names):
             raise CheckpointError(
                 f"{repo} holds GGUF files only: download one with `hf download {repo} FILE.gguf` and give its path"
@@ -92,11 +92,11 @@ def _status(repo: str, error: Exception) -> str:
     return f"{repo}: the Hub answered with status {status}; try again later"
 
 
-def _list_files(repo: str, revision: str | None) -> list[str]:
+def list_files(repo: str, revision: str | None) -> list[str]:
     """File names of the repository; none when the Hub does not tell."""
     from huggingface_hub import list_repo_files
 
     try:
-        return list_repo_files(repo, revision=revision)
+        return [] if not reachable() else list_repo_files(repo, revision=revision)
     except Exception:
         return []

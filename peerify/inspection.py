@@ -17,6 +17,7 @@ from peerify.config import PeerConfig
 from peerify.errors import ConversionError, UsageError
 from peerify.feedforward import Site, survey
 from peerify.plan import plan_layer
+from peerify.source import why_no_weights
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,13 +38,13 @@ def inspect_model(
         progress: called as progress(stage, done, total).
 
     Returns:
-        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals", "unseen"}``. Each layer has
-        ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
+        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals", "unseen", "weights"}``.
+        Each layer has ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
         "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
         weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
         finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
         has, by path, models inside the model ("": the model itself) of which not all could be run from the config
-        alone, with the reason.
+        alone, with the reason. weights is None, or the reason why convert could not read them.
 
     Raises:
         UsageError: `active` is not in (0, 1].
@@ -54,10 +55,11 @@ def inspect_model(
     tell = progress if progress is not None else lambda *_: None
     tell("Finding feed-forward layers", 0, 1)
     model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
-    dtype = getattr(model.config, "dtype", None) or torch.float32
+    dtype = getattr(model.config, "dtype", None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4  # composite models have one for each part
     config = PeerConfig(active=active)
     sites, unseen = _survey(model)
-    rows = [_row(site, config, dtype.itemsize) for site in sites]
+    rows = [_row(site, config, itemsize) for site in sites]
     tell("Finding feed-forward layers", 1, 1)
     able = [row for row in rows if row["convertible"]]
     totals: dict[str, Any] = {"convertible": len(able), "parameters": sum(row["parameters"] for row in able)}
@@ -71,6 +73,7 @@ def inspect_model(
         "feedforwards": rows,
         "totals": totals,
         "unseen": unseen,
+        "weights": why_no_weights(source),
     }
 
 

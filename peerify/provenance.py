@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peerify import frontmatter
 from peerify.card import CARRIED_OVER
 from peerify.errors import PeerifyError
-from peerify.source import gguf_metadata
+from peerify.gguf import read_gguf
 
 if TYPE_CHECKING:
     from peerify.checkpoint import DenseModel
@@ -43,7 +43,7 @@ def _from_card(path: Path | None) -> dict[str, Any]:
 
 
 def _from_gguf(path: Path) -> dict[str, Any]:
-    values = gguf_metadata(path)
+    values = read_gguf(path).values
     found = {key: values.get(f"general.{key.replace('_', '.')}") for key in ("license", "license_name", "license_link")}
     for key in ("general.repo_url", "general.source.repo_url", "general.source.url"):
         match = _HUB_URL.fullmatch(str(values.get(key) or ""))

@@ -22,11 +22,12 @@ from peerify.hub_calls import need_hub
 from peerify.output import alive
 from peerify.reading import printable, read_object
 from peerify.recipe import HubConfig
-from peerify.source import check_weights, open_source, weight_files
+from peerify.source import open_source
 from peerify.transfer import LocalFile, need_token, page, require, set_tag, transfer
+from peerify.weights import INDEX, check_weights, weight_files
 
 Progress = Callable[[str, int, int], None]
-CODE, INDEX = "modeling_peer.py", "model.safetensors.index.json"
+CODE = "modeling_peer.py"
 # Left behind unless asked for: what belongs to a training run, not to the model.
 NOT_THE_MODEL = (
     *("checkpoint-*/*", "optimizer*", "scheduler*", "sampler*", "random_states*", "rng_state*", "trainer_state*"),

@@ -38,7 +38,7 @@ def reason(error: BaseException) -> str:
     line = line if len(line) <= 300 else f"{line[:297]}..."
     if not line:
         return type(error).__name__
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and " " not in line:
         return f"it has no {line}"
     return f"{type(error).__name__}: {line.rstrip(': ')}" if line.endswith(":") else line.rstrip(".")
 
@@ -62,9 +62,9 @@ def local_path(text: str | Path, fault: type[PeerifyError]) -> Path:
 
 
 def printable(text: str | Path) -> str:
-    """A file's name as a terminal can show it: what is not UTF-8 or not printable is escaped."""
-    name = os.fsencode(text).decode("utf-8", "backslashreplace") if "\0" not in str(text) else str(text)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    """A name as a terminal can show it: at most 300 characters, and what is not UTF-8 or not printable is escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def read_text(path: Path, fault: type[PeerifyError], remedy: str, *, limit: int = MAX_JSON) -> str:
@@ -90,13 +90,15 @@ def read_text(path: Path, fault: type[PeerifyError], remedy: str, *, limit: int 
         raise fault(f"{printable(path)} cannot be read: {reason(error)}") from error
 
 
-def read_object(path: Path, fault: type[PeerifyError], remedy: str = "download it again") -> dict[str, Any]:
+def read_object(
+    path: Path, fault: type[PeerifyError], remedy: str = "download it again", *, limit: int = MAX_JSON
+) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         fault: see `read_text`; also where it is not JSON, is nested too deeply, or holds something else than an object.
     """
-    text = read_text(path, fault, remedy)
+    text = read_text(path, fault, remedy, limit=limit)
     try:
         value = json.loads(text)
     except RecursionError:

@@ -81,7 +81,9 @@ def print_inspection(result: Mapping[str, Any]) -> None:
         f"  take {_count(flops['dense'])} → {_count(flops['converted'])} FLOPs, "
         f"and {_count(flops['router'])} for the router"
     )
-    if totals["convertible"]:
+    if result.get("weights"):
+        console.print(f"\nIt cannot be converted yet: {result['weights']}")
+    elif totals["convertible"]:
         console.print(f"\nnext: peerify convert {result['model']} OUT --calibration TEXT.txt")
 
 

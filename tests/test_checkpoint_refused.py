@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_bad_config(dense: Path, text: str) -> None:
     (dense / "config.json").write_text(text)
     assert "config.json" in refusal(dense)
     (dense / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert "not valid JSON" in refusal(dense)
+    assert "not UTF-8 text" in refusal(dense)
 
 
 def test_impossible_config(dense: Path) -> None:
@@ -68,6 +69,68 @@ def test_impossible_config(dense: Path) -> None:
 def test_unknown_architecture(dense: Path) -> None:
     edit_json(dense / "config.json", model_type="tomorrow")
     assert "'tomorrow'" in refusal(dense)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": []}, "has no model_type"),
+        ({"model_type": ["llama"]}, r"model_type is a name such as llama, not \['llama'\]"),
+        ({"architectures": [5]}, r"architectures is a list of class names, not \[5\]"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is a list of class names"),
+        ({"architectures": ["Foo"]}, "names the architecture 'Foo', .*; write LlamaForCausalLM there"),
+        ({"architectures": ["A" * 10_000]}, r"AAA\.\.\.AAA"),
+        ({"hidden_size": 0}, "dense"),
+        ({"dtype": 5}, "dtype 5 is not one of"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"intermediate_size": 1e12}, r"'intermediate_size' is 1000000000000\.0, more than"),
+        ({"intermediate_size": 10**300}, "'intermediate_size' is 1000"),
+        ({"num_hidden_layers": 10_000_000}, "'num_hidden_layers' is 10000000, more than 512"),
+        ({"vision_config": {"depth": 1e9}}, "'depth' is 1000000000.0, more than 512"),
+        ({"intermediate_size": 48}, r"weight has the shape (24×16|16×24) in the file, and .* asks for (48×16|16×48)"),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 10**6},
+            r"asks for [\d,]+ parameters, and the file holds [\d,]+ numbers",
+        ),
+    ],
+)
+def test_configs_that_no_model_has(dense: Path, changes: dict[str, object], message: str) -> None:
+    edit_json(dense / "config.json", **changes)
+    said = refusal(dense)
+    assert re.search(message, said), said
+    assert len(said) < 500
+
+
+def test_deeply_nested_json(dense: Path) -> None:
+    for name in ("config.json", "model.safetensors.index.json"):
+        before = (dense / name).read_text()
+        (dense / name).write_text("[" * 200_000)
+        assert f"{name} is nested too deeply" in refusal(dense)
+        (dense / name).write_text(before)
+    path = shards(dense)[0]
+    path.write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
+    assert f"{path.name} has a corrupt safetensors header" in refusal(dense)
+
+
+def test_numbers_that_are_no_weights(tmp_path: Path) -> None:
+    """Masks and positions beside the weights may be integers."""
+    tiny_llama().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype, called in ((torch.int8, "I8"), (torch.int32, "I32"), (torch.complex64, "C64"), (torch.bool, "BOOL")):
+        save_file(tensors | {name: tensors[name].to(dtype)}, path, {"format": "pt"})
+        assert f"holds {name} as {called}; only floating-point weights are read" in refusal(tmp_path)
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+    assert f"is quantized: {name} is F8_E4M3" in refusal(tmp_path)
+    masks = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "position_ids": torch.arange(4)}
+    save_file(tensors | masks, path, {"format": "pt"})
+    load_dense(tmp_path)
+
+
+def test_an_adapter_beside_the_weights_is_not_applied_unasked(dense: Path) -> None:
+    (dense / "adapter_config.json").write_text('{"base_model_name_or_path": "/somewhere/private"}')
+    assert "holds a PEFT adapter beside its weights" in refusal(dense)
 
 
 def test_quantized(dense: Path) -> None:
@@ -127,10 +190,33 @@ def test_shard_without_its_tensor(dense: Path) -> None:
     assert f"lacks the tensor {name}" in refusal(dense)
 
 
-@pytest.mark.parametrize("weight_map", [{}, {"a": "../b.safetensors"}, {"a": 3}, None])
+@pytest.mark.parametrize(
+    "weight_map", [{}, {"a": "../b.safetensors"}, {"a": ".."}, {"a": "/b.safetensors"}, {"a": "a\0b"}, {"a": 3}, None]
+)
 def test_bad_index(dense: Path, weight_map: object) -> None:
     edit_json(dense / "model.safetensors.index.json", weight_map=weight_map)
     assert "index.json" in refusal(dense)
+
+
+def test_an_index_that_names_what_is_no_shard(dense: Path) -> None:
+    index = dense / "model.safetensors.index.json"
+    (dense / "folder.safetensors").mkdir()
+    edit_json(index, weight_map={"a": "folder.safetensors"})
+    assert "folder.safetensors in" in refusal(dense)
+    assert "is a folder" in refusal(dense)
+    edit_json(index, weight_map={"a": "x" * 300 + ".safetensors"})
+    assert "File name too long" in refusal(dense)
+    edit_json(index, metadata=None)
+    assert 'has no metadata; add "metadata": {}' in refusal(dense)
+
+
+def test_a_header_whose_tensors_overlap_or_leave_a_hole(dense: Path) -> None:
+    def move(header: dict) -> None:
+        entry = next(entry for name, entry in header.items() if name != "__metadata__")
+        entry["data_offsets"] = [offset + 4 for offset in entry["data_offsets"]]
+
+    edit_header(shards(dense)[0], move)
+    assert "corrupt safetensors header" in refusal(dense)
 
 
 def test_pickle_only(tmp_path: Path) -> None:
@@ -156,6 +242,7 @@ def test_nonfinite_weights(tmp_path: Path, value: float, word: str) -> None:
     text = refusal(tmp_path)
     assert "model.layers.1.mlp.up_proj.weight" in text
     assert word in text
+    assert text.endswith("the checkpoint is damaged"), "it is float32 already"
 
 
 def test_overflow_in_half_precision(tmp_path: Path) -> None:
@@ -163,7 +250,9 @@ def test_overflow_in_half_precision(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight[0, 0] = -1e6
     model.save_pretrained(tmp_path)
-    assert "infinite values in float16" in refusal(tmp_path, dtype="float16")
+    assert "infinite values in float16; the checkpoint is damaged, or needs --dtype float32" in refusal(
+        tmp_path, dtype="float16"
+    )
     load_dense(tmp_path)
 
 
@@ -201,8 +290,8 @@ def test_remote_code_runs_only_when_trusted(dense: Path, tmp_path: Path) -> None
 def test_wrong_options(dense: Path) -> None:
     with pytest.raises(UsageError, match="float8"):
         load_dense(dense, dtype="float8")
-    for device in ("warp", "cuda:99"):
-        with pytest.raises(UsageError, match=device) as error:
+    for device in ("warp", "cuda:99", "meta", "mps", "x" * 999):
+        with pytest.raises(UsageError, match=rf"device '{device[:9]}.*this machine has cpu") as error:
             load_dense(dense, device=device)
         one_sentence(error)
 

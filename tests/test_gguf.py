@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -91,3 +93,57 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert "no config.json" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # One flipped byte made these hang, or end in a traceback.
+        ("dimensions", "a tensor of 4,294,967,295 dimensions"),
+        ("general.alignment=0", "general.alignment is no power of two"),
+        ("general.alignment=48", "general.alignment is no power of two"),
+        ("split.count='x'", "has a split.count that is no number"),
+        ("layers", "'block_count' is 10000000, more than 512"),
+        ("general.architecture=1", "general.architecture twice"),
+        ("arrays", "an array of arrays"),
+        ("texts", "texts of an array in"),
+        ("numbers", "numbers of an array in"),
+        ("tensors", "tensors in"),
+        ("keys", "keys in"),
+        ("key", "bytes of a text in"),
+    ],
+)
+def test_numbers_in_a_header_are_held_against_the_file(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tiny_llama())
+    raw = path.read_bytes()
+    (pairs,) = struct.unpack("<Q", raw[16:24])
+    huge = struct.pack("<Q", 2**60)
+    name, equals, value = change.partition("=")
+    if equals:
+        added = ast.literal_eval(value)
+        of_kind = struct.pack("<II", 4, added) if isinstance(added, int) else struct.pack("<IQ", 8, 1) + b"x"
+        pair = struct.pack("<Q", len(name)) + name.encode() + of_kind
+        raw = raw[:16] + struct.pack("<Q", pairs + 1) + pair + raw[24:]
+    elif change == "dimensions":
+        at = raw.index(b"token_embd.weight") + len(b"token_embd.weight")
+        raw = raw[:at] + b"\xff" * 4 + raw[at + 4 :]
+    elif change == "layers":
+        at = raw.index(b"llama.block_count") + len(b"llama.block_count") + 4
+        raw = raw[:at] + struct.pack("<I", 10_000_000) + raw[at + 4 :]
+    elif change in ("arrays", "texts", "numbers"):
+        kind = {"arrays": 9, "texts": 8, "numbers": 4}[change]
+        pair = struct.pack("<Q", 1) + b"a" + struct.pack("<II", 9, kind) + huge
+        raw = raw[:16] + struct.pack("<Q", pairs + 1) + pair + raw[24:]
+    else:
+        at = {"tensors": 8, "keys": 16, "key": 24}[change]
+        raw = raw[:at] + huge + raw[at + 8 :]
+    path.write_bytes(raw)
+    said = refusal(path)
+    assert message in said
+    assert len(said) < 400
+
+
+def test_a_pipe_is_no_gguf_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    assert "m.gguf is not a regular file" in refusal(tmp_path / "m.gguf")

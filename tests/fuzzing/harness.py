@@ -110,7 +110,9 @@ def _child(reader: Reader, folder: Path, send: int, memory: int) -> None:
         except BaseException as error:
             kind = "memory" if "alloc" in str(error) and "memory" in str(error) else "error"
             said = (kind, "".join(traceback.format_exception(error, limit=-6)))
-        os.write(send, json.dumps(said).encode()[: 1 << 16])
+        kind, text = said
+        text = text if len(text) < 5000 else f"{text[:2500]}\n …\n{text[-2500:]}"
+        os.write(send, json.dumps((kind, text)).encode())
     finally:
         sys.stdout.flush()
         os._exit(0)

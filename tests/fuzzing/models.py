@@ -2,6 +2,60 @@
 
 from __future__ import annotations
 
-from fuzzing.harness import Corpus
+from pathlib import Path
 
-CORPORA: dict[str, Corpus] = {}
+from checkpoints import text_file, tiny_checkpoint, tiny_model, tiny_tokenizer
+from dense_checkpoint import tiny_llama
+from fuzzing.harness import Corpus
+from test_gguf import write_gguf
+
+from peerify.checkpoint import load_dense, load_for_eval
+from peerify.folder import convert_checkpoint
+from peerify.inspection import inspect_model
+from peerify.recipe import Recipe
+from peerify.source import open_source
+
+
+def shards(folder: Path) -> None:
+    tiny_model().save_pretrained(folder, max_shard_size="8KB")
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def converted(folder: Path) -> None:
+    """A converted model in `folder`, its dense one beside it."""
+    beside = folder.parent / "dense"
+    tiny_checkpoint(beside)
+    calibration = {"data": str(text_file(beside / "text.txt", 1000)), "tokens": 256, "context": 32}
+    recipe = {"model": str(beside), "output": str(folder), "calibration": calibration, "convert": {"refine_steps": 0}}
+    folder.rmdir()
+    convert_checkpoint(Recipe.model_validate(recipe))
+
+
+def tokens(folder: Path) -> None:
+    tokenizer = load_dense(folder).tokenizer
+    tokenizer("Some text, <eos> and é.", add_special_tokens=False)["input_ids"]
+
+
+def gguf(folder: Path) -> None:
+    write_gguf(folder / "m.gguf", tiny_llama())
+
+
+def look(folder: Path) -> None:
+    inspect_model(str(folder))
+
+
+CORPORA: dict[str, Corpus] = {
+    "safetensors": Corpus(tiny_checkpoint, "model.safetensors", load_dense),
+    "index": Corpus(shards, "model.safetensors.index.json", load_dense, as_json=True),
+    "config-llama": Corpus(tiny_checkpoint, "config.json", look, as_json=True),
+    "config-gpt2": Corpus(lambda folder: tiny_checkpoint(folder, "gpt2"), "config.json", look, as_json=True),
+    "config-bert": Corpus(lambda folder: tiny_checkpoint(folder, "bert"), "config.json", look, as_json=True),
+    "config-t5": Corpus(lambda folder: tiny_checkpoint(folder, "t5"), "config.json", look, as_json=True),
+    "config-and-weights": Corpus(tiny_checkpoint, "config.json", load_dense, as_json=True),
+    "generation-config": Corpus(tiny_checkpoint, "generation_config.json", load_dense, as_json=True),
+    "tokenizer": Corpus(tiny_checkpoint, "tokenizer.json", tokens, as_json=True),
+    "tokenizer-config": Corpus(tiny_checkpoint, "tokenizer_config.json", tokens, as_json=True),
+    "gguf": Corpus(gguf, "m.gguf", lambda folder: open_source(folder / "m.gguf")),
+    "gguf-inspect": Corpus(gguf, "m.gguf", lambda folder: inspect_model(str(folder / "m.gguf"))),
+    "peer-config": Corpus(converted, "config.json", load_for_eval, as_json=True),
+}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -96,7 +97,7 @@ def _damage_tree(tree: Any, rng: random.Random) -> str:
         elif kind == 3 and isinstance(holder[key], int | float):
             holder[key] = rng.choice((-1, 2, 1000, 10**9)) * holder[key]
         else:
-            holder[key] = rng.choice(ODD)
+            holder[key] = copy.deepcopy(rng.choice(ODD))
     return json.dumps(tree)
 
 
