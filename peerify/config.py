@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from peerify.reading import shown
 
 RULES = ConfigDict(
     extra="forbid",
@@ -16,10 +18,32 @@ RULES = ConfigDict(
 )
 
 
-class PeerConfig(BaseModel):
-    """What the converted layers look like. ``None`` means: chosen per layer from its shape."""
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, and a number is a number."""
 
     model_config = RULES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, data: Any) -> Any:
+        """`active: true` is no 1.0, and what no computer counts to is a mistake."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name} is a number, not {str(part).lower()}")
+                if isinstance(part, int) and abs(part) >= 2**63 and kinds & {int, float}:
+                    raise ValueError(f"{name} is {shown(part)}, which is too large")
+        return data
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """All types named in an annotation."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+class PeerConfig(Section):
+    """What the converted layers look like. ``None`` means: chosen per layer from its shape."""
 
     PEER_PAPER: ClassVar[dict[str, Any]] = {
         "gates": "softmax",
@@ -64,7 +88,7 @@ class PeerConfig(BaseModel):
     """Candidates per head whose activation is evaluated, before the topk that contribute most are added up; by default
     topk, where that is given. For gated experts."""
 
-    num_experts: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1, le=2**31)
     """Experts per layer; by default one per neuron of the dense layer."""
 
     grid: tuple[int, int] | None = None

@@ -12,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from peerify.errors import PeerifyError, PublishError
+from peerify.reading import shown
 
 PATIENCE_S = 60.0  # waiting, in all, without getting any further
 ANSWER_S = 10.0  # until a Hub that does not answer counts as gone
@@ -71,6 +72,12 @@ def need_hub(repo: str) -> None:
     """Raise PublishError where nothing answers at the Hub's address."""
     if not reachable():
         raise PublishError(_unreachable(repo))
+
+
+def ref_fault(name: str) -> str | None:
+    """Why git takes no branch or tag of this name (git check-ref-format); None where it does."""
+    bad = re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|/$|\.$|\.lock(/|$)|(^|/)\.|^@$|^$", name)
+    return f"git takes no name such as {shown(name)}: use letters, digits, - and ." if bad else None
 
 
 def status_of(error: BaseException) -> int | None:

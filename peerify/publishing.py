@@ -18,7 +18,7 @@ from peerify import __version__, frontmatter, loadback
 from peerify.card import fresh_card, write_card
 from peerify.errors import PublishError, UsageError
 from peerify.files import CARD, MARKER, WEIGHTS, everything, require_own
-from peerify.hub_calls import need_hub
+from peerify.hub_calls import need_hub, ref_fault
 from peerify.output import alive
 from peerify.reading import printable, read_object
 from peerify.recipe import HubConfig
@@ -75,7 +75,7 @@ def push(
         UsageError: options that contradict each other.
         CheckpointError, PublishError: the folder is incomplete, the Hub refuses, or what arrived differs.
     """
-    _check_options(repo, revision, create_pr)
+    _check_options(repo, revision, tag, create_pr)
     folder = Path(folder).expanduser()
     tell = progress if progress is not None else lambda *_: None
     files = check_folder(folder, include, exclude)
@@ -191,7 +191,7 @@ def check_folder(folder: Path, include: Sequence[str] = (), exclude: Sequence[st
     return files
 
 
-def _check_options(repo: str, revision: str | None, create_pr: bool) -> None:
+def _check_options(repo: str, revision: str | None, tag: str | None, create_pr: bool) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -200,6 +200,9 @@ def _check_options(repo: str, revision: str | None, create_pr: bool) -> None:
         repo = ""
     if repo.count("/") != 1:
         raise UsageError("the repository is written user/name, such as ada/smollm2-peer")
+    for option, name in (("--revision", revision), ("--tag", tag)):
+        if name is not None and (fault := ref_fault(name)):
+            raise UsageError(f"{option}: {fault}")
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr opens a pull request against main: drop --revision")
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):

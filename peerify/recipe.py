@@ -12,16 +12,16 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from peerify.config import RULES, PeerConfig
+from peerify.config import PeerConfig, Section
 from peerify.errors import UsageError
+from peerify.hub_calls import ref_fault
+from peerify.reading import printable, shown
 from peerify.training.config import TrainConfig
 from peerify.yamlfile import flatten, nest, parse_overrides, read_mapping
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Section):
     """The text that decides which neurons belong together."""
-
-    model_config = RULES
 
     data: str | list[str] | None = None
     """Calibration text: a .txt, .jsonl or .parquet file or a Hub dataset (name or name:config)."""
@@ -38,10 +38,8 @@ class CalibrationConfig(BaseModel):
         return [self.data] if isinstance(self.data, str) else list(self.data or [])
 
 
-class HubConfig(BaseModel):
+class HubConfig(Section):
     """Where and how the model is published."""
-
-    model_config = RULES
 
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Repository on the Hugging Face Hub, user/name."""
@@ -61,20 +59,25 @@ class HubConfig(BaseModel):
     message: str | None = Field(default=None, min_length=1)
     """Title of the commit."""
 
-    include: list[str] = []
+    include: list[str] = Field(default_factory=list)
     """Patterns of file names to send, instead of all that belong to the model."""
 
-    exclude: list[str] = []
+    exclude: list[str] = Field(default_factory=list)
     """Patterns of file names to leave out."""
+
+    @field_validator("revision", "tag")
+    @classmethod
+    def _check_ref(cls, name: str | None) -> str | None:
+        if name is not None and (fault := ref_fault(name)):
+            raise ValueError(fault)
+        return name
 
     every: int | None = Field(default=None, ge=1)
     """While training, also push every N-th checkpoint, to the branch `checkpoints` unless revision names one."""
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """Everything one conversion needs. Relative paths start at the working directory."""
-
-    model_config = RULES
 
     model: str = Field(min_length=1)
     """Dense model: a Hub id, a directory or a .gguf file."""
@@ -103,7 +106,7 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of the weights while converting and in the written files."""
 
-    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$")
+    max_shard_size: str = "5GB"
     """Largest size of one written .safetensors file."""
 
     overwrite: bool = False
@@ -111,6 +114,14 @@ class Recipe(BaseModel):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the input model."""
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _check_size(cls, size: str) -> str:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([KMGT])B", size)
+        if match is None or float(match[1]) * 1000 ** "_KMGT".index(match[2]) < 1000:
+            raise ValueError("a size is written as 5GB or 500MB, at least 1KB")
+        return size
 
     @field_validator("output")
     @classmethod
@@ -141,8 +152,8 @@ class Recipe(BaseModel):
         Raises:
             UsageError: naming the file or flag, the key, and the remedy.
         """
-        values = flatten(read_mapping(Path(path))) if path is not None else {}
-        origins = dict.fromkeys(values, str(path))
+        values = flatten(read_mapping(path)) if path is not None else {}
+        origins = dict.fromkeys(values, printable(path or ""))
         spoken = parse_overrides(overrides) | {key: value for key, (_, value) in (flags or {}).items()}
         # What the command line says of the compute replaces what a recipe says of it in other words.
         ways = [{"convert.active"}, {"convert.topk", "convert.shortlist", "convert.candidates"}, {"convert.max_loss"}]
@@ -222,10 +233,10 @@ def _one_sentence(error: ValidationError, origins: Mapping[str, str], path: str 
     name = "" if (rule and "." not in key) or is_flag else f"{key}: "
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{where}unknown key {key}; {_suggest(key)}{more}"
+        return f"{where}unknown key {printable(key)}; {_suggest(key)}{more}"
     if first["type"] == "missing":
         return f"{where}{key} is missing: {describe(key)[:-1]}{more}"
-    given = "" if rule else f", not {first['input']!r}"
+    given = "" if rule else f", not {shown(first['input'])}"
     return f"{where}{name}{message}{given}{more}"
 
 

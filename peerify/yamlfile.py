@@ -4,45 +4,103 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from peerify.errors import UsageError
+from peerify.errors import PeerifyError, UsageError
+from peerify.reading import local_path, printable, read_text, reason, shown
+
+MAX_BYTES = 1_000_000  # of a recipe
+MAX_VALUES = 10_000  # in a document, aliases written out; a few lines of aliases can stand for billions
+MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice; PyYAML would silently keep the last."""
+    """SafeLoader that refuses a key written twice, where PyYAML would silently keep the last, and what has no end."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key} is written twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _check(node, {}, [])
+        return node
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, {} for an empty one; UsageError names file and line."""
+def _check(node: Any, counted: dict[int, int], above: list[int]) -> int:
+    """How many values `node` stands for, aliases written out. Raises ConstructorError, which names the place."""
+
+    def wrong(problem: str, at: Any = node) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(problem=problem, problem_mark=at.start_mark)
+
+    if id(node) in above:
+        raise wrong("it refers to itself")
+    if len(above) > MAX_DEPTH:
+        raise wrong(f"it is nested more than {MAX_DEPTH} deep")
+    if id(node) in counted:
+        return counted[id(node)]
+    inside = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        inside = [value for _, value in node.value]
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise wrong("a list or mapping cannot be a key", key)
+            if key.value in seen:
+                raise wrong(f"{printable(key.value)} is written twice", key)
+            seen.add(key.value)
+    total = counted[id(node)] = 1 + sum(_check(part, counted, [*above, id(node)]) for part in inside)
+    if total > MAX_VALUES:
+        raise wrong(f"it stands for more than {MAX_VALUES:,} values")
+    return total
+
+
+def parse_yaml(text: str, where: str, fault: type[PeerifyError], *, first_line: int = 1) -> Any:
+    """What the YAML in `text` says.
+
+    Args:
+        where: what the message begins with, such as the file's name.
+        first_line: of `text`, in the file that it stands in.
+
+    Raises:
+        fault: it is not YAML, a key is written twice, it refers to itself, or its aliases stand for too many values.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"cannot read the recipe {path}: {reason}") from None
-    except (yaml.YAMLError, TypeError) as error:  # TypeError: a mapping or list used as a key
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise fault(f"{where}: it is nested too deeply to be read") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a number or date that is none
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        line = f", line {mark.line + first_line}" if mark else ""
+        problem = getattr(error, "problem", None) or reason(error)
+        raise fault(f"{where}{line}: not valid YAML: {printable(str(problem))}") from None
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty one; UsageError names file and line."""
+    file = local_path(path, UsageError)
+    try:
+        text = read_text(file, UsageError, "give a YAML file", limit=MAX_BYTES)
+    except UsageError as error:
+        raise UsageError(f"the recipe {error}") from None
+    content = parse_yaml(text, printable(path), UsageError)
     if content is None:
         return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values, such as 'model: NAME'")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in _keys(content)):
+        raise UsageError(f"{printable(path)}: a recipe is a mapping of names to values, such as 'model: NAME'")
     return content
+
+
+def _keys(tree: Any) -> Iterable[Any]:
+    """All keys of the mappings in `tree`."""
+    if isinstance(tree, dict):
+        yield from tree
+        for value in tree.values():
+            yield from _keys(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _keys(value)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -50,12 +108,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     values = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
-            raise UsageError(f"--set {override}: write it as key=value, for example --set convert.gates=sigmoid")
-        try:
-            values[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {override}: the value is not valid YAML; quote it") from None
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip(), re.ASCII):
+            raise UsageError(
+                f"--set {shown(override)[1:-1]}: write it as key=value, for example --set convert.gates=sigmoid"
+            )
+        values[key.strip()] = parse_yaml(text, f"--set {key.strip()}", UsageError)
     return flatten(values)
 
 
@@ -76,19 +133,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     node: Any
     for key, value in flat.items():
-        *sections, name = key.split(".")
+        names = key.split(".")
         node = tree
-        for section in sections:
+        for section, below in pairwise(names):
             at = _place(node, section)
-            if isinstance(node, dict):
-                node.setdefault(at, {})
-            child = node[at]
+            child = node.get(at) if isinstance(node, dict) else node[at]
             if isinstance(child, dict | list):
                 child = node[at] = child.copy()  # what came in stays as it was
-            else:
-                child = node[at] = {}
+            else:  # a number below it is the place in a list, whose one element may be a default
+                child = node[at] = [{}] if below.isdigit() else {}
             node = child
-        node[_place(node, name)] = value
+        node[_place(node, names[-1])] = value
     return tree
 
 

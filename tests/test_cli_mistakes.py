@@ -66,13 +66,24 @@ EVAL = ["eval", "llama", "--context", "32", "--data"]
         ([*CONVERT, "--preset", "paper"], 2, "--preset: input should be 'peer-paper', not 'paper'"),
         ([*CONVERT, "--set", "convert.gate=unit"], 2, r"--set: unknown key convert\.gate; did you mean"),
         ([*CONVERT, "--set", "gates"], 2, "--set gates: write it as key=value"),
-        ([*CONVERT, "--recipe", "missing.yaml"], 2, r"cannot read the recipe missing\.yaml"),
+        ([*CONVERT, "--recipe", "missing.yaml"], 2, r"the recipe missing\.yaml cannot be read"),
         (
             [*CONVERT, "--recipe", "bad.yaml"],
             2,
             r"bad\.yaml: unknown key convert\.sead; did you mean convert\.seed\?",
         ),
-        ([*CONVERT, "--max-shard-size", "big"], 2, "--max-shard-size: .*pattern"),
+        (
+            [*CONVERT, "--max-shard-size", "big"],
+            2,
+            "--max-shard-size: a size is written as 5GB or 500MB, at least 1KB, not 'big'",
+        ),
+        ([*CONVERT, "--max-shard-size", "0GB"], 2, "--max-shard-size: a size is written as"),
+        ([*CONVERT, "--num-experts", "1000000000000"], 2, "--num-experts: .*less than or equal to 2147483648"),
+        ([*CONVERT, "--num-experts", "1e12"], 2, "'1e12' is not a valid integer"),
+        ([*CONVERT, "--set", "convert.active=true"], 2, "--set: active is a number, not true"),
+        ([*CONVERT, "--device", "meta"], 2, r"device 'meta' cannot be used \(it holds no numbers\); this machine has"),
+        (["push", "llama", "a/b", "--tag", "v 1"], 2, "--tag: git takes no name such as 'v 1'"),
+        (["push", "llama", "a/b", "--revision", "a..b"], 2, r"--revision: git takes no name such as 'a\.\.b'"),
     ],
 )
 def test_mistakes_get_one_sentence_and_an_exit_code(here: Path, argv: list[str], code: int, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from peerify.config import PeerConfig
 from peerify.errors import UsageError
+from peerify.hub_calls import ref_fault
 from peerify.recipe import CalibrationConfig, Recipe, describe, valid_keys
 
 NAMES = ["model=a", "output=b"]
@@ -178,9 +180,30 @@ def test_the_preset_expands_to_options_that_say_the_same() -> None:
         ("model: [a", [], r"r\.yaml, line 2: not valid YAML"),
         ("model: a\nmodel: b", [], r"r\.yaml, line 2: not valid YAML: model is written twice"),
         ("model: {a: 1}", ["output=b"], r"r\.yaml: model: .*string"),
-        ("max_shard_size: huge", NAMES, r"r\.yaml: max_shard_size: .*pattern"),
+        (
+            "max_shard_size: huge",
+            NAMES,
+            r"r\.yaml: max_shard_size: a size is written as 5GB or 500MB, at least 1KB, not 'huge'",
+        ),
         ("", ["model"], r"--set model: write it as key=value"),
-        ("", ["model=[a"], r"--set model=\[a: .*not valid YAML"),
+        ("", ["model=[a"], r"--set model, line 1: not valid YAML"),
+        ("max_shard_size: 0GB", NAMES, r"max_shard_size: a size is .*, not '0GB'"),
+        ("convert: {active: true}", NAMES, r"r\.yaml: active is a number, not true"),
+        ("convert: {topk: no}", NAMES, r"r\.yaml: topk is a number, not false"),
+        ("convert: {grid: [4, yes]}", NAMES, r"r\.yaml: grid is a number, not true"),
+        ("train: {tokens: true}", NAMES, r"r\.yaml: .*tokens is a number, not true"),
+        (f"calibration: {{tokens: 1{'0' * 400}}}", NAMES, r"r\.yaml: .*tokens is 1000.*000, which is too large"),
+        (f"calibration: {{tokens: 1{'0' * 5000}}}", NAMES, r"r\.yaml: not valid YAML: Exceeds the limit"),
+        ("convert: {num_experts: 1.0e+12}", NAMES, r"num_experts: .*less than or equal to 2147483648"),
+        ("hub: {repo: a/b, tag: 'v 1'}", NAMES, r"hub\.tag: git takes no name such as 'v 1'"),
+        ("hub: {repo: a/b, revision: a..b}", NAMES, r"hub\.revision: git takes no name such as 'a\.\.b'"),
+        ("model: &a [*a]", [], r"r\.yaml, line 1: not valid YAML: it refers to itself"),
+        ("convert: &a {layers: *a}", NAMES, r"r\.yaml, line 1: not valid YAML: it refers to itself"),
+        ("model: " + "[" * 60 + "]" * 60, [], r"r\.yaml, line 1: not valid YAML: it is nested more than 50 deep"),
+        ("model: " + "[" * 5000, [], r"r\.yaml"),
+        ("? [a, b]\n: c", [], r"r\.yaml, line 1: not valid YAML: a list or mapping cannot be a key"),
+        ("1: c", [], r"r\.yaml: a recipe is a mapping of names to values"),
+        ("convert: {layers: 2020-13-45}", NAMES, r"r\.yaml: not valid YAML: month must be in 1\.\.12"),
     ],
 )
 def test_messages_name_the_place_the_key_and_the_remedy(
@@ -201,13 +224,72 @@ def test_messages_name_the_flag() -> None:
 
 
 def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read the recipe .*no\.yaml: No such file"):
+    with pytest.raises(UsageError, match=r"the recipe .*no\.yaml cannot be read: No such file"):
         Recipe.load(tmp_path / "no.yaml")
-    with pytest.raises(UsageError, match=r"cannot read the recipe .*directory"):
+    with pytest.raises(UsageError, match=r"the recipe .* is not a regular file; give a YAML file"):
         Recipe.load(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("model: café".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin\.yaml: not UTF-8"):
+    with pytest.raises(UsageError, match=r"latin\.yaml is not UTF-8"):
         Recipe.load(tmp_path / "latin.yaml")
+
+
+def test_a_recipe_that_stands_for_billions_is_refused_at_once(tmp_path: Path) -> None:
+    """Nine lines of aliases took 38 seconds and 10 GB, because the message showed the value."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    bomb = write(tmp_path / "r.yaml", "\n".join(lines))
+    with pytest.raises(UsageError, match=r"r\.yaml, line 4: not valid YAML: it stands for more than 10,000 values"):
+        Recipe.load(bomb)
+    with pytest.raises(UsageError, match=r"--set model, line 1: .*more than 10,000 values"):
+        Recipe.load(None, ["model={" + ", ".join(lines) + "}"])
+    large = write(tmp_path / "large.yaml", "# " + "x" * 1_000_000)
+    with pytest.raises(UsageError, match=r"large\.yaml has 1,000,002 bytes, more than 1,000,000"):
+        Recipe.load(large)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UsageError, match=r"pipe\.yaml is not a regular file"):
+        Recipe.load(tmp_path / "pipe.yaml")
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(write(tmp_path / "long.yaml", "model: [" + "x" * 100_000 + "]"))
+    assert len(str(caught.value)) < 300
+
+
+def test_merge_keys_of_yaml(tmp_path: Path) -> None:
+    text = (
+        "model: a\noutput: b\ntrain:\n  data: {sources: a.txt}\n  stages:\n"
+        "  - &first {optimizer: &o {lr: 1e-4}, warmup: 0.5}\n"
+        "  - {<<: *first, warmup: 0.25, optimizer: {<<: *o, router_scale: 0}}\n"
+    )
+    train = Recipe.load(write(tmp_path / "r.yaml", text)).train
+    assert train is not None
+    assert [(stage.warmup, stage.optimizer.lr) for stage in train.stages] == [(0.5, 1e-4), (0.25, 1e-4)]
+    assert train.stages[1].optimizer.router_scale == 0
+    with pytest.raises(UsageError, match="warmup is written twice"):
+        Recipe.load(write(tmp_path / "r.yaml", text.replace("warmup: 0.25", "warmup: 0.25, warmup: 1")))
+
+
+def test_the_only_stage_need_not_be_written_down_to_be_changed(tmp_path: Path) -> None:
+    """README's own form: --set train.stages.0.optimizer.lr=5e-5."""
+    path = write(tmp_path / "r.yaml", "model: a\noutput: b\ntrain: {data: {sources: a.txt}}\n")
+    train = Recipe.load(path, ["train.stages.0.optimizer.name=galore", "train.stages.0.optimizer.lr=5e-5"]).train
+    assert train is not None
+    assert [(stage.optimizer.name, stage.optimizer.lr) for stage in train.stages] == [("galore", 5e-5)]
+    with pytest.raises(UsageError, match="there is no element 1 in a list of 1"):
+        Recipe.load(path, ["train.stages.1.optimizer.name=galore"])
+    with pytest.raises(UsageError, match=r"unknown key train\.stages\.0\.optimiser; did you mean"):
+        Recipe.load(path, ["train.stages.0.optimiser.name=galore"])
+
+
+@pytest.mark.parametrize("name", ["main", "v1", "v1.0-rc.1", "ada/try", "refs/pr/1", "é"])
+def test_names_that_git_takes(name: str) -> None:
+    assert ref_fault(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a b", "a..b", "-a", "/a", "a/", "a//b", "a.lock", "a/.b", "a:b", "a~1", "a^", "@", "a@{1}", "a\n", "a."],
+)
+def test_names_that_git_does_not_take(name: str) -> None:
+    assert ref_fault(name)
 
 
 def test_yaml_cannot_make_python_objects(tmp_path: Path) -> None:

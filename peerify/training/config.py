@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-_RULES = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from peerify.config import Section
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Section):
     """One text to train on."""
-
-    model_config = _RULES
 
     path: str = Field(min_length=1)
     """A .txt, .jsonl or .parquet file or a Hub dataset (name, name:config or name:config:split)."""
@@ -24,12 +22,10 @@ class SourceConfig(BaseModel):
     """Read as training goes on instead of all at the start; by default Hub datasets are streamed, files are not."""
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """What is read, and in which order."""
 
-    model_config = _RULES
-
-    sources: list[SourceConfig] = []
+    sources: list[SourceConfig] = Field(default_factory=list)
     """The texts."""
 
     context: int = Field(default=512, ge=2)
@@ -58,10 +54,8 @@ class DataConfig(BaseModel):
         return [{"path": item} if isinstance(item, str) else item for item in values]
 
 
-class ObjectiveConfig(BaseModel):
+class ObjectiveConfig(Section):
     """Weights of the losses; a weight of 0 leaves a loss out."""
-
-    model_config = _RULES
 
     next_token: float = Field(default=0.0, ge=0)
     """Cross entropy of the next token."""
@@ -95,10 +89,8 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(Section):
     """How parameters move."""
-
-    model_config = _RULES
 
     name: Literal["adamw", "adafactor", "adamw8bit", "galore"] = "adamw"
     """adamw8bit needs bitsandbytes and a GPU; galore keeps the states of linear layers in a low rank (2403.03507)."""
@@ -132,10 +124,8 @@ class OptimizerConfig(BaseModel):
         return betas
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Section):
     """Low-rank adapters on the linear layers outside PEER (r 8, alpha 32: CMoE, 2502.04416)."""
-
-    model_config = _RULES
 
     rank: int = Field(default=8, ge=1)
     """r."""
@@ -150,10 +140,8 @@ class LoraConfig(BaseModel):
     """Add the adapters to the weights at the end of the stage; otherwise they lie beside them, in adapter/."""
 
 
-class LisaConfig(BaseModel):
+class LisaConfig(Section):
     """LISA (2403.17919): PEER layers, embeddings and head always train, of the rest a few random blocks at a time."""
-
-    model_config = _RULES
 
     blocks: int = Field(default=2, ge=1)
     """Blocks whose other parameters train at a time."""
@@ -162,10 +150,8 @@ class LisaConfig(BaseModel):
     """Steps between two draws; what the optimizer knew of the blocks before is dropped."""
 
 
-class StageConfig(BaseModel):
+class StageConfig(Section):
     """A part of the training with its own objectives, trainable parts and optimizer."""
-
-    model_config = _RULES
 
     share: float = Field(default=1.0, gt=0)
     """Its part of the tokens, relative to the other stages' shares."""
@@ -210,10 +196,8 @@ class StageConfig(BaseModel):
         return {"kl": 1.0} if value is None and info.field_name == "objectives" else {} if value is None else value
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(Section):
     """Perplexity while training; the model with the smallest is kept."""
-
-    model_config = _RULES
 
     data: str | None = None
     """Text to measure on, not one of those trained on."""
@@ -231,10 +215,8 @@ class EvaluationConfig(BaseModel):
     """Write the best model measured instead of the last one."""
 
 
-class CheckpointConfig(BaseModel):
+class CheckpointConfig(Section):
     """From what a run goes on after it was stopped."""
-
-    model_config = _RULES
 
     every: int = Field(default=50, ge=1)
     """Steps between two checkpoints."""
@@ -243,10 +225,8 @@ class CheckpointConfig(BaseModel):
     """Checkpoints kept; the oldest go."""
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """Continued training of the converted model that `output` names, towards the dense one that `model` names."""
-
-    model_config = _RULES
 
     output: str | None = Field(default=None, min_length=1)
     """Folder of the trained model; by default the converted model's with -healed."""
