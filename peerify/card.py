@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import yaml
 
 from peerify import frontmatter
 from peerify.errors import PublishError
-from peerify.files import CARD, MARKER
-from peerify.reading import read_text
+from peerify.files import CARD
+from peerify.reading import local_path, read_object, read_text, shown
+from peerify.record import read_record, write_record
 
 PLACEHOLDER = "PATH_OR_ID"
 # Several Auto classes load the same class; the card shows the one that people know, with what it is used for.
@@ -47,12 +47,15 @@ def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:
         name: what the code in the card loads.
 
     Raises:
-        PublishError: the YAML in README.md cannot be read.
+        PublishError: the YAML in README.md, or one of the other two, cannot be read.
     """
-    record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    path = folder / "README.md"
-    old = frontmatter.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else frontmatter.Card()
+    record = read_record(folder, PublishError)
+    config = read_object(folder / "config.json", PublishError, "convert again")
+    _check_config(config, str(folder / "config.json"))
+    path = folder / CARD
+    old = frontmatter.Card()
+    if path.exists():
+        old = frontmatter.parse(read_text(path, PublishError, "write it anew, or remove it"), str(path))
     source = record["source"]
     values = metadata(record, config)
     edited = {key: old.metadata.get(key) for key in ("base_model", "license", "license_name") if old.edited(key)}
@@ -79,12 +82,11 @@ def edited_card(folder: Path) -> str | None:
 
 def record_results(folder: Path, result: Mapping[str, Any]) -> None:
     """Note what `peerify eval --json` said in peerify.json, in place of an older result on the same text, and card."""
-    path = folder / MARKER
-    record = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: result[key] for key in ("data", "context", "tokens", "perplexity", "against") if key in result}
+    record = read_record(folder, PublishError)
+    kept: Any = {key: result[key] for key in ("data", "context", "tokens", "perplexity", "against") if key in result}
     if kept.get("against"):
         model = str(kept["against"].get("model"))
-        is_path = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
+        is_path = model.startswith(("/", ".", "~")) or local_path(model, PublishError).exists()
         kept["against"] = {**kept["against"], "model": Path(model).name if is_path else model}
 
     def task(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -92,10 +94,29 @@ def record_results(folder: Path, result: Mapping[str, Any]) -> None:
 
     rows = [row for row in record.get("evaluation", []) if task(row) != task(kept)]
     record["evaluation"] = [*rows, kept]
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_record(folder, record)
     write_card(folder)
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise PublishError unless config.json says what a card is made from."""
+    auto_map, peer = config.get("auto_map"), config.get("peer")
+    layers, names = peer.get("layers") if isinstance(peer, dict) else None, config.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise PublishError(f"{where}: architectures is no list of class names; convert again")
+    if not isinstance(auto_map, dict) or not all(isinstance(name, str) for name in auto_map.values()):
+        raise PublishError(f"{where}: auto_map is not what peerify writes; convert again")
+    if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise PublishError(f"{where}: peer.layers is not what peerify writes; convert again")
+    for path, layer in layers.items():
+        for key in ("num_experts", "num_shared", "num_heads", "topk"):
+            if type(layer.get(key)) is not int:
+                raise PublishError(f"{where}: {key} of {shown(path)} is no whole number; convert again")
+        if type(layer.get("candidates") or 0) is not int:
+            raise PublishError(f"{where}: candidates of {shown(path)} is no whole number; convert again")
+        grid = layer.get("grid")
+        if not (isinstance(grid, list) and len(grid) == 2 and all(type(size) is int for size in grid)):
+            raise PublishError(f"{where}: grid of {shown(path)} is no pair of whole numbers; convert again")
 
 
 def loader(config: Mapping[str, Any]) -> str:
@@ -208,9 +229,9 @@ def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any
     chosen = any(_added(layer) < layer["num_experts"] - layer["num_shared"] for layer in layers.values())
     convert, calibration = record["recipe"]["convert"], record["calibration"]
     router = "the router was fitted in closed form"
-    if chosen and convert["refine_steps"] != 0:
+    if chosen and convert.get("refine_steps") != 0:
         router += " and refined by gradient together with the experts, a layer at a time"
-    if chosen and convert["refit"]:
+    if chosen and convert.get("refit"):
         router += ", the experts' output vectors refitted to what it retrieves"
     seen = f"{calibration['tokens']:,} tokens" if "tokens" in calibration else f"{calibration['inputs']:,} inputs"
     return (
@@ -259,7 +280,7 @@ def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
         layer = layers[path]
         heads, (rows, columns) = layer["num_heads"], layer["grid"]
         product_keys = f"product keys, {heads} × ({rows} × {columns})"
-        router = f"a key each, rank {layer['query_dim']}" if rows == 1 and layer["share_query"] else product_keys
+        router = f"a key each, rank {layer['query_dim']}" if rows == 1 and layer.get("share_query") else product_keys
         always = f", {layer['num_shared']} always" if layer["num_shared"] else ""
         error = record["layer_errors"].get(path)
         table.append(

@@ -17,6 +17,7 @@ import torch
 
 from peerify.errors import DataError, UsageError
 from peerify.hub_calls import reachable
+from peerify.reading import local_path, reason, shown
 
 Progress = Callable[[str, int, int], None]
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
+MAX_LINE = 100_000_000  # bytes of a line of JSON
 MAX_CHARACTERS_PER_TOKEN = 24  # far above any tokenizer's average on prose, code or CJK text
 
 
@@ -41,7 +43,7 @@ def read_text(spec: str, max_characters: int | None = None) -> str:
     """
     pieces: list[str] = []
     length = 0
-    for piece in read_pieces(spec):
+    for piece in read_pieces(spec, max_characters):
         separator = "\n\n" if pieces else ""
         pieces.append(separator + piece)
         length += len(separator) + len(piece)
@@ -62,7 +64,7 @@ def tokenize(text: str, tokenizer: Any, context: int, max_tokens: int | None = N
     """
     if max_tokens is not None and max_tokens < context:
         raise UsageError(f"{max_tokens} tokens are less than one window: ask for at least {context} (the context)")
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = token_ids(text, tokenizer)
     count = min(len(ids), max_tokens if max_tokens is not None else len(ids)) // context
     if count == 0:
         raise DataError(
@@ -70,6 +72,17 @@ def tokenize(text: str, tokenizer: Any, context: int, max_tokens: int | None = N
             "smaller --context"
         )
     return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+
+
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of `text`, without special ones. Raises DataError where the tokenizer fails."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    except Exception as error:  # of a tokenizer that somebody else made
+        raise DataError(f"the tokenizer fails on the text ({reason(error)}): use the model's own tokenizer") from error
+    return ids
 
 
 def load_windows(
@@ -142,18 +155,20 @@ def check_windows(windows_bt: torch.Tensor, model: Any) -> None:
 
 def is_hub_dataset(spec: str) -> bool:
     """Whether `spec` can only be the name of a Hub dataset: no file, and not what a missing file would be called."""
-    path = Path(spec).expanduser()
+    path = local_path(spec, DataError)
     looks_local = path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~"))
     return not path.exists() and not looks_local
 
 
-def read_pieces(spec: str) -> Iterator[str]:
+def read_pieces(spec: str, max_characters: int | None = None) -> Iterator[str]:
     """The documents behind `spec` (see `read_text`), one after the other: a .txt file is one.
+
+    `max_characters` is what is wanted of all of them: of a .txt file no more is read.
 
     Raises:
         DataError: see `read_text`.
     """
-    path = Path(spec).expanduser()
+    path = local_path(spec, DataError)
     if path.is_dir():
         raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
     if is_hub_dataset(spec):
@@ -162,8 +177,10 @@ def read_pieces(spec: str) -> Iterator[str]:
         raise DataError(f"no such text file: {spec}")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
-    reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _plain_text)
-    return _explain(spec, reader(path))
+    if not path.is_file():
+        raise DataError(f"{spec} is not a regular file: name a .txt, .jsonl or .parquet file")
+    reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
+    return _explain(spec, reader(path) if reader else _plain_text(path, max_characters))
 
 
 def _explain(spec: str, pieces: Iterator[str]) -> Iterator[str]:
@@ -172,21 +189,24 @@ def _explain(spec: str, pieces: Iterator[str]) -> Iterator[str]:
     except UnicodeDecodeError:
         raise DataError(f"{spec} is not UTF-8 text: convert it to UTF-8 first") from None
     except OSError as error:
-        raise DataError(f"cannot read {spec}: {error.strerror or error}") from None
+        raise DataError(f"cannot read {spec}: {reason(error)}") from None
 
 
-def _plain_text(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+def _plain_text(path: Path, max_characters: int | None) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield file.read(max_characters if max_characters is not None else -1)
 
 
 def _jsonl_rows(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
+            if len(line) > MAX_LINE:
+                raise DataError(f"{path}, line {number}: longer than {MAX_LINE:,} characters; is it JSON lines?")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"{path}, line {number}: not a JSON object") from None
             yield text_field(row, f"{path}, line {number}")
 
@@ -201,8 +221,8 @@ def _parquet_rows(path: Path) -> Iterator[str]:
                 text_field(dict.fromkeys(file.schema_arrow.names), str(path))
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (text_field(row, str(path)) for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # pyarrow raises all of these
+        raise DataError(f"{path} cannot be read as parquet: {reason(error)}") from None
 
 
 def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
@@ -232,14 +252,14 @@ def _explain_hub(spec: str, rows: Any) -> Iterator[Any]:
 
 
 def _no_hub_dataset(spec: str, error: Exception) -> DataError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason[0]}")
+    return DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason(error)}")
 
 
 def text_field(row: Any, where: str) -> str:
     """The string under "text" in a row; DataError where there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        fields = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+        fields = f"; it has {shown(', '.join(map(str, row)))[1:-1]}" if isinstance(row, dict) and row else ""
         raise DataError(f'{where}: no "text" field with a string in it{fields}')
-    return text
+    # JSON can say half of a surrogate pair, which is no character and no tokenizer takes.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import resource
 import sys
@@ -22,9 +21,10 @@ from peerify.config import PeerConfig
 from peerify.conversion import Conversion, Progress, convert
 from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError, OutputError
-from peerify.files import CARD, MARKER
+from peerify.files import CARD
 from peerify.provenance import provenance
 from peerify.recipe import Recipe
+from peerify.record import Record, Seen, read_record, write_record
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def _write_model(
     folder: Path,
     conversion: Conversion,
     dense: DenseModel,
-    recipe: dict[str, Any],
-    seen: dict[str, Any],
+    recipe: Any,
+    seen: Seen,
     max_shard_size: str,
     card: str | None,
 ) -> None:
@@ -137,7 +137,7 @@ def _write_model(
     dense.save_processor(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     conversion.model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
-    record = {
+    record: Record = {
         "peerify": peerify.__version__,
         "versions": {
             "python": platform.python_version(),
@@ -152,7 +152,7 @@ def _write_model(
         "layer_errors": conversion.layer_errors,
         "files": files,  # of the source model, beside the weights
     }
-    (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(folder, record)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
     write_card(folder)
@@ -166,17 +166,14 @@ def _card_to_keep(out: str | Path, dense: DenseModel) -> str | None:
     """
     folder = Path(out).expanduser()
     card = edited_card(folder)
-    if (
-        card is not None
-        and json.loads((folder / MARKER).read_text(encoding="utf-8"))["source"]["model"] != dense.source
-    ):
+    if card is not None and read_record(folder, OutputError)["source"]["model"] != dense.source:
         raise OutputError(
             f"{folder / CARD} was edited, and is about another model; move it away, or choose another place"
         )
     return card
 
 
-def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> Seen:
     """How much calibration data there was: of windows of token ids also which."""
     if isinstance(calibration, Tensor):
         raw = calibration.cpu().numpy().astype("<i8").tobytes()

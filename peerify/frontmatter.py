@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from peerify.errors import PublishError
+from peerify.yamlfile import parse_yaml
 
 BEGIN, END = "<!-- peerify:begin", "<!-- peerify:end -->"
 NOTE = "peerify rewrites what stands between this line and peerify:end; edits anywhere else stay"
@@ -63,14 +64,7 @@ def parse(text: str, name: str = "README.md") -> Card:
     metadata: Any = {}
     written = front[1] if front else None
     if front:
-        try:
-            metadata = yaml.safe_load(front[1]) or {}
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" (line {mark.line + 2})" if mark else ""
-            raise PublishError(
-                f"{name}{where}: the YAML between the --- lines is not valid: {getattr(error, 'problem', error)}"
-            ) from None
+        metadata = parse_yaml(front[1], f"{name}, between the --- lines", PublishError, first_line=2) or {}
         if not isinstance(metadata, dict):
             raise PublishError(f"{name}: between the --- lines there are no `key: value` lines")
         text = text[front.end() :]
@@ -80,7 +74,12 @@ def parse(text: str, name: str = "README.md") -> Card:
     try:
         digests = json.loads(block[1])
         generated, pushed = dict(digests["generated"]), dict(digests.get("pushed") or {})
-    except (ValueError, KeyError, TypeError):  # someone edited the comment itself: everything counts as edited
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # someone edited the comment itself: everything counts as edited
         generated, pushed = {}, {}
     return Card(metadata, text[: block.start()], block[2], text[block.end() :], generated, pushed, written)
 

@@ -103,7 +103,8 @@ class _Walk:
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError("general.alignment is no power of two")
-        return Header(values, total, -(-self.file.tell() // alignment) * alignment + end)
+        start = -(-self.file.tell() // alignment) * alignment if tensors else self.file.tell()
+        return Header(values, total, start + end)
 
     def expect(self, count: int, least: int, what: str) -> None:
         """Whether `count` things of at least `least` bytes each fit into the rest of the file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +13,10 @@ from transformers import PreTrainedModel
 from peerify.allocation import planned_fractions
 from peerify.checkpoint import load_skeleton
 from peerify.config import PeerConfig
-from peerify.errors import ConversionError, UsageError
+from peerify.errors import CheckpointError, ConversionError, UsageError
 from peerify.feedforward import Site, survey
 from peerify.plan import plan_layer
+from peerify.reading import read_object
 from peerify.source import why_no_weights
 
 Progress = Callable[[str, int, int], None]
@@ -82,9 +82,9 @@ def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
 
     active and router are shares of the dense layer's multiply-adds per token.
     """
-    peer = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))["peer"]
+    config = read_object(Path(folder).expanduser() / "config.json", CheckpointError, "convert again")
     rows = []
-    for path, options in peer["layers"].items():
+    for path, options in config["peer"]["layers"].items():
         active, router = planned_fractions(options)
         rows.append({**options, "path": path, "active": active, "router": router})
     return rows

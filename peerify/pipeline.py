@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from peerify.errors import OutputError, UsageError
-from peerify.output import MARKER
+from peerify.files import MARKER
+from peerify.reading import read_object, shown
 from peerify.recipe import Recipe
+from peerify.record import read_record
 
 Progress = Callable[[str, int, int], None]
 STAGES = ("convert", "train", "eval", "push")
@@ -87,10 +89,11 @@ class _Notes:
         self.path = path
         self._stages: dict[str, Any] = {}
         if path.exists() and not fresh:
-            try:
-                self._stages = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                raise OutputError(f"{path} cannot be read: remove it, and what is done will be found out") from None
+            remedy = "remove it, and what is done will be found out"
+            self._stages = read_object(path, OutputError, remedy)
+            for name, note in self._stages.items():
+                if not isinstance(note, dict) or not isinstance(note.get("result"), dict):
+                    raise OutputError(f"{path}: {shown(name)} is no note of a stage; {remedy}")
 
     def holds(self, stage: str, fingerprint: str) -> bool:
         """Whether `stage` was done, and asked for the same."""
@@ -129,11 +132,10 @@ def _asked_of_conversion(recipe: Recipe) -> dict[str, Any]:
 
 def _refuse_another(recipe: Recipe) -> None:
     """Whether the folder that is there was converted as the recipe says."""
-    record = json.loads((Path(recipe.output).expanduser() / MARKER).read_text(encoding="utf-8"))
+    made = read_record(Path(recipe.output).expanduser(), OutputError)["recipe"]["convert"]
     asked = recipe.model_dump(mode="json")["convert"]
-    made = record.get("recipe", {}).get("convert")
     if made != asked:
-        key = next((key for key in asked if (made or {}).get(key) != asked[key]), "")
+        key = next((key for key in asked if made.get(key) != asked[key]), "")
         raise OutputError(
             f"{recipe.output} was converted with another convert.{key}: restore it, name another output, or pass "
             "--overwrite to begin anew"

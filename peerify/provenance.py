@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peerify import frontmatter
 from peerify.card import CARRIED_OVER
-from peerify.errors import PeerifyError
+from peerify.errors import PeerifyError, PublishError
 from peerify.gguf import read_gguf
+from peerify.reading import read_text
+from peerify.record import Origin
 
 if TYPE_CHECKING:
     from peerify.checkpoint import DenseModel
@@ -18,28 +20,28 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")
 _HUB_URL = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+?)(?:\.git|/)?")
 
 
-def provenance(dense: DenseModel) -> dict[str, Any]:
+def provenance(dense: DenseModel) -> Origin:
     """What is known of the source model, for peerify.json.
 
     ``{"model", "revision"}``, and as far as its card, its GGUF header or its place in the Hub's cache tell:
     "base_model" (the Hub id of the dense model), "license", "license_name", "license_link", "language", "pipeline_tag".
     """
-    found: dict[str, Any] = {"model": dense.source, "revision": dense.revision}
+    found: Any = {"model": dense.source, "revision": dense.revision}
     if dense.gguf and dense.files:
-        return found | _from_gguf(dense.files / dense.gguf)
+        return cast(Origin, found | _from_gguf(dense.files / dense.gguf))
     if dense.revision:
         found["base_model"] = dense.source
     elif dense.files and (cached := _CACHED.search(dense.files.resolve().as_posix())):
         found |= {"base_model": f"{cached[1]}/{cached[2]}", "model": cached[2], "revision": cached[3]}
-    return found | _from_card(dense.files / "README.md" if dense.files else None)
+    return cast(Origin, found | _from_card(dense.files / "README.md" if dense.files else None))
 
 
 def _from_card(path: Path | None) -> dict[str, Any]:
     try:
-        metadata = frontmatter.parse(path.read_text(encoding="utf-8")).metadata if path else {}
-    except (OSError, UnicodeDecodeError, PeerifyError):  # no card, or one that nobody could read: nothing is known
+        metadata = frontmatter.parse(read_text(path, PublishError, "")).metadata if path else {}
+    except PeerifyError:  # no card, or one that nobody could read: nothing is known
         metadata = {}
-    return {key: metadata[key] for key in CARRIED_OVER if metadata.get(key)}
+    return {key: value for key in CARRIED_OVER if _is_text(value := metadata.get(key))}
 
 
 def _from_gguf(path: Path) -> dict[str, Any]:
@@ -50,4 +52,10 @@ def _from_gguf(path: Path) -> dict[str, Any]:
         if match:
             found["base_model"] = match[1]
             break
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in found.items() if _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a card's value is a text or, as languages may be, several; whatever else stands there says nothing."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)

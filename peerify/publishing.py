@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -20,8 +19,9 @@ from peerify.errors import PublishError, UsageError
 from peerify.files import CARD, MARKER, WEIGHTS, everything, require_own
 from peerify.hub_calls import need_hub, ref_fault
 from peerify.output import alive
-from peerify.reading import printable, read_object
+from peerify.reading import local_path, printable, read_object
 from peerify.recipe import HubConfig
+from peerify.record import read_record, write_record
 from peerify.source import open_source
 from peerify.transfer import LocalFile, need_token, page, require, set_tag, transfer
 from peerify.weights import INDEX, check_weights, weight_files
@@ -76,7 +76,7 @@ def push(
         CheckpointError, PublishError: the folder is incomplete, the Hub refuses, or what arrived differs.
     """
     _check_options(repo, revision, tag, create_pr)
-    folder = Path(folder).expanduser()
+    folder = local_path(folder, PublishError)
     tell = progress if progress is not None else lambda *_: None
     files = check_folder(folder, include, exclude)
     if not trust_remote_code:
@@ -144,9 +144,9 @@ def push_checkpoint(
             os.link(checkpoint / "model.safetensors", folder / "model.safetensors")
         except OSError:  # a file system without hard links
             shutil.copyfile(checkpoint / "model.safetensors", folder / "model.safetensors")
-        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        record |= {"training": {"steps": steps, "unfinished": True}, "evaluation": []}
-        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = read_record(folder, PublishError)
+        record["training"], record["evaluation"] = {"steps": steps, "unfinished": True}, []
+        write_record(folder, record)
         write_card(folder)
         return push(
             *(folder, hub.repo),
@@ -177,11 +177,13 @@ def check_folder(folder: Path, include: Sequence[str] = (), exclude: Sequence[st
     _check_code(folder)
     weights = weight_files(folder, str(folder))
     index = [INDEX] if weights != ["model.safetensors"] else []
-    record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    record = read_record(folder, PublishError)
     needed = ["config.json", MARKER, CARD, CODE, *index, *weights, *record.get("files", [])]
     for name in needed:
         if not (folder / name).is_file():
-            raise PublishError(f"{folder}/{name} is missing, which the converted model came with; convert again")
+            raise PublishError(
+                f"{folder}/{printable(name)} is missing, which the converted model came with; convert again"
+            )
     files = _select(folder, include, exclude)
     chosen = {file.name for file in files}
     for name in needed:

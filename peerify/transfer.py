@@ -17,6 +17,7 @@ from peerify.card import fresh_card
 from peerify.errors import PublishError
 from peerify.files import CARD, WEIGHTS
 from peerify.hub_calls import Patience, hub_errors, status_of
+from peerify.reading import read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -206,7 +207,7 @@ class _Transfer:
         if exists:
             with tempfile.TemporaryDirectory() as folder:
                 path = self.api.hf_hub_download(self.repo, CARD, revision=head, local_dir=folder)
-                text = Path(path).read_text(encoding="utf-8")
+                text = read_text(Path(path), PublishError, "mend it on the Hub")
             where = f"{self.repo} on the Hub"
             card = frontmatter.merge(card, frontmatter.parse(text, f"{where}, {CARD}"), where)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import sys
 import types
@@ -191,3 +192,51 @@ def test_windows_that_the_model_cannot_read() -> None:
     too_long = torch.zeros(1, config.max_position_embeddings + 1, dtype=torch.long)
     with pytest.raises(UsageError, match="use --context"):
         check_windows(too_long, model)
+
+
+@pytest.mark.parametrize("name", ["a\0b.txt", "~nosuchuser/x.txt", "x" * 300 + ".txt", "x" * 300])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(DataError, match="is not a usable path") as caught:
+        read_text(name)
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+def test_a_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt is not a regular file"):
+        read_text(str(tmp_path / "a.txt"))
+
+
+def test_of_a_large_text_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.write(b"some text\n")
+        file.truncate(1 << 40)  # a terabyte of zeros, which takes no room
+    assert read_text(str(tmp_path / "a.txt"), 9) == "some text"
+
+
+def test_lines_of_json_from_a_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    for line in ("[" * 200_000, "9" * 5000, "{"):
+        path.write_text('{"text": "fine"}\n' + line)
+        with pytest.raises(DataError, match=r"a\.jsonl, line 2: not a JSON object"):
+            read_text(str(path))
+    path.write_text(json.dumps({"text": "half \ud83d of a pair", "more": 1}))
+    assert read_text(str(path)) == "half \ufffd of a pair"
+    tokenize(read_text(str(path)), tiny_tokenizer(), 4)
+    path.write_text(json.dumps({"x" * 10_000: 1}))
+    with pytest.raises(DataError, match='no "text" field') as caught:
+        read_text(str(path))
+    assert len(str(caught.value)) < 400
+    monkeypatch.setattr("peerify.data.MAX_LINE", 100)
+    path.write_text(json.dumps({"text": "x" * 100}))
+    with pytest.raises(DataError, match=r"line 1: longer than 100 characters"):
+        read_text(str(path))
+
+
+def test_a_tokenizer_that_fails_is_named() -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise KeyError("blub")
+
+    with pytest.raises(DataError, match=r"the tokenizer fails on the text \(it has no 'blub'\)"):
+        tokenize("text", fails, 4)

@@ -90,7 +90,7 @@ def test_edits_in_the_folder_arrive(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("---\na: [\n---\n", r"README\.md \(line \d\): the YAML between the --- lines is not valid"),
+        ("---\na: [\n---\n", r"README\.md, between the --- lines, line \d: not valid YAML"),
         ("---\n- a\n---\n", "there are no `key: value` lines"),
     ],
 )

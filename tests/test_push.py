@@ -278,4 +278,4 @@ def test_a_recipe_says_where(folder: Path, hub: Hub, tmp_path: Path, monkeypatch
     assert "has no `hub:` section" in CliRunner().invoke(cli.cli, ["push", "--recipe", str(recipe)]).stderr
     results.write_text("[]")
     run = CliRunner().invoke(cli.cli, ["push", str(folder), "user/a", "--results", str(results)])
-    assert (run.exit_code, "is not what `peerify eval --json` writes" in run.stderr) == (2, True)
+    assert (run.exit_code, "give what `peerify eval --json` writes" in run.stderr) == (2, True)

@@ -70,7 +70,7 @@ def test_the_card_must_say_licence_and_base_model_and_be_valid(folder: Path, hub
     with pytest.raises(PublishError, match=r'does not accept its metadata: "license" must be one of'):
         send(folder)
     edit_card(folder, "license: sold", "license: [")
-    with pytest.raises(PublishError, match=r"README\.md \(line \d+\): the YAML between the --- lines is not valid"):
+    with pytest.raises(PublishError, match=r"README\.md, between the --- lines, line \d+: not valid YAML"):
         send(folder)
     assert hub.count("^PUT") == 0, "found before the weights were sent"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from peerify.cli.base import cli, common, library
 from peerify.errors import UsageError
+from peerify.reading import local_path, read_object
 from peerify.recipe import Recipe, describe
 
 
@@ -94,11 +94,11 @@ def push(
 
 
 def _result(path: str) -> dict[str, Any]:
+    from peerify.record import check_result
+
+    remedy = "give what `peerify eval --json` writes"
     try:
-        result: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        float(result["perplexity"]), int(result["tokens"])
-    except OSError as error:
-        raise UsageError(f"--results {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"--results {path} is not what `peerify eval --json` writes") from None
-    return dict(result)
+        result = read_object(local_path(path, UsageError), UsageError, remedy)
+        return dict(check_result(result, path, UsageError))
+    except UsageError as error:
+        raise UsageError(f"--results {error}") from None

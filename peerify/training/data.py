@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peerify.data import hub_dataset, is_hub_dataset, read_pieces, text_field
+from peerify.data import hub_dataset, is_hub_dataset, read_pieces, text_field, token_ids
 from peerify.errors import DataError
 from peerify.training.config import DataConfig, SourceConfig
 from peerify.training.selection import most_informative
@@ -37,10 +37,7 @@ class Windows:
             raise DataError("train.data.sources is empty: name a text to train on, such as a .txt file")
 
         def tokenise(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            return ids
+            return token_ids(text, tokenizer)
 
         end = tokenizer.eos_token_id
         self._weights = [source.weight for source in config.sources]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,9 +17,10 @@ from accelerate.utils import DistributedType
 from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
 from peerify.data import check_windows, load_windows
-from peerify.errors import OutputError, PeerifyError, StoppedError, UsageError
-from peerify.files import CARD, MARKER
+from peerify.errors import CheckpointError, OutputError, PeerifyError, StoppedError, UsageError
+from peerify.files import CARD
 from peerify.recipe import Recipe
+from peerify.record import read_record, write_record
 from peerify.training import loggers, state
 from peerify.training.allocator import keep_freed_memory
 from peerify.training.config import TrainConfig
@@ -311,7 +311,7 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
         adapter = run.checkpoints.folder / ADAPTER
         if not run.config.stages[-1].lora.merge and adapter.exists():
             shutil.copytree(adapter, folder / ADAPTER)
-        record = json.loads((Path(recipe.output).expanduser() / MARKER).read_text(encoding="utf-8"))
+        record: Any = read_record(Path(recipe.output).expanduser(), CheckpointError)
         settings = run.config.model_dump(mode="json", exclude={"output", "loggers", "checkpoints", "log_every"})
         for text in settings["data"]["sources"]:
             text["path"] = _public(text["path"])
@@ -320,7 +320,7 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
         kept = ("steps", "tokens", "final_loss", "perplexity", "best_step")
         record["training"] = {"recipe": settings, **{key: result[key] for key in kept}}
         record.pop("evaluation", None)  # of the model before it was trained
-        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(folder, record)
         card = edited_card(Path(result["output"]).expanduser()) or edited_card(Path(recipe.output).expanduser())
         if card is not None:  # what people wrote stays, with the result that is replaced or the model that was trained
             (folder / CARD).write_text(card, encoding="utf-8")
