@@ -51,7 +51,7 @@ slow: lint
 
 COUNT ?= 1700
 fuzz: $(READY)
-	@$(BIN)/python tests/fuzzing/run.py --count $(COUNT) $(if $(SEED),--seed $(SEED)) --keep .fuzz
+	@$(BIN)/python tests/fuzzing/fuzz.py --count $(COUNT) $(if $(SEED),--seed $(SEED)) --keep .fuzz
 
 zoo: $(READY)
 	@$(BIN)/python tests/zoo/run.py

@@ -263,7 +263,7 @@ def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
         if not known and not found.config.get("auto_map"):
             raise CheckpointError(
                 f"{found.name}: transformers {transformers.__version__} does not know the architecture "
-                f"{model_type!r}; a newer transformers might"
+                f"{shown(model_type)}; a newer transformers might"
             )
         if not known and not trust_remote_code:
             raise CheckpointError(

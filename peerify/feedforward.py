@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from peerify.dataflow import Call, Trace, Value, is_projection, needs_weights, record
 from peerify.errors import ConversionError
 from peerify.formula import Formula, Projection, read_formula, without_reshape
+from peerify.reading import shown
 from peerify.replay import Clamp
 
 
@@ -180,7 +181,7 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
             first, last = int(match[1]), int(match[2] or match[1])
             if first > last or last >= len(sites):
                 raise ConversionError(
-                    f"layers {part!r}: the model has feed-forward layers 0-{len(sites) - 1}; "
+                    f"layers {shown(part)}: the model has feed-forward layers 0-{len(sites) - 1}; "
                     "`peerify inspect` lists them"
                 )
             chosen.update(range(first, last + 1))
@@ -188,7 +189,7 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
             named = [i for i, site in enumerate(sites) if fnmatch.fnmatchcase(site.path, part)]
             if not named or not part:
                 raise ConversionError(
-                    f"layers {part!r}: no feed-forward layer has that path; they are called like "
+                    f"layers {shown(part)}: no feed-forward layer has that path; they are called like "
                     f"{sites[able[0]].path!r}, `peerify inspect` lists them"
                 )
             usable = [i for i in named if sites[i].convertible]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from peerify.conversion import Conversion, Progress, convert
 from peerify.data import check_windows, load_windows
 from peerify.errors import ConversionError, OutputError
 from peerify.files import CARD
+from peerify.memory import peak_mb
 from peerify.provenance import provenance
 from peerify.recipe import Recipe
 from peerify.record import Record, Seen, read_record, write_record
@@ -55,7 +54,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         "router_fraction": conversion.router_fraction,
         "predicted_ratio": conversion.predicted_ratio,
         "seconds": conversion.seconds,
-        "peak_rss_mb": _peak_rss_mb(),
+        "peak_rss_mb": peak_mb(),
         "layer_errors": conversion.layer_errors,
     }
 
@@ -184,8 +183,3 @@ def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> Seen:
 def _public(spec: str) -> str:
     """A calibration source as others may see it: a local file by its name only."""
     return Path(spec).name if Path(spec).expanduser().exists() else spec
-
-
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

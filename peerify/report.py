@@ -103,10 +103,12 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
             "–" if error is None else f"{error:.4f}",
         )
     console.print(table)
+    peak = result["peak_rss_mb"]
+    memory = f" with at most {peak:,.0f} MB of memory" if peak is not None else ""
     console.print(
         f"{len(layers)} layers converted, {result['active_fraction']:.1%} of their compute active "
         f"(and {result['router_fraction']:.1%} for the router), "
-        f"in {result['seconds']:.0f} s with at most {result['peak_rss_mb']:,.0f} MB of memory\n"
+        f"in {result['seconds']:.0f} s{memory}\n"
         f"model: {result['output']}\n"
         f"next: peerify eval {result['output']} --against DENSE --data TEXT.txt"
     )

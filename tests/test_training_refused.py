@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_runs import files, trained  # noqa: F401
 
 from peerify.errors import CheckpointError, OutputError, PeerifyError, TrainingError, UsageError
@@ -126,5 +128,48 @@ def test_damaged_checkpoints_are_named(here: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*; remove "):
         trained(resume=True)
     (latest / "run.json").write_text("{}x")
-    with pytest.raises(CheckpointError, match="is no checkpoint of this version"):
+    with pytest.raises(CheckpointError, match=r"run\.json is not valid JSON .*; remove peer-healed-run/step-"):
         trained(resume=True)
+    (latest / "run.json").write_text('{"stage": "first"}')
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of this version \(stage: "):
+        trained(resume=True)
+
+
+class Evil:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def test_an_optimizer_state_from_a_stranger_runs_nothing(here: Path) -> None:
+    path = here / "optimizer.pt"
+    for content in (Evil(), {"a": Evil()}, {"a": 5}, [1], {5: {}}, {"a": {"step": torch.tensor(float("nan"))}}):
+        torch.save(content, path)
+        with pytest.raises(
+            CheckpointError, match=r"optimizer\.pt .*; .*remove .* to go on from the checkpoint"
+        ) as caught:
+            state.read_optimizer(here)
+        assert "weights_only" not in str(caught.value), "torch advises to load it unsafely"
+        assert "\n" not in str(caught.value)
+    assert not Path("ran").exists()
+
+
+def test_what_others_put_among_the_checkpoints_stays(here: Path, tmp_path: Path) -> None:
+    run = Path("peer-healed-run")
+    for name in ("step-000001", "best"):
+        (run / name).mkdir(parents=True)
+        (run / name / "notes.txt").write_text("mine")
+    (run / "step-000007").write_text("a file")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "peerify.json").write_text('{"checkpoint": 9}')
+    (run / "step-000009").symlink_to(tmp_path / "elsewhere")
+    checkpoints = state.Checkpoints(run, 1)
+    assert checkpoints.latest() is None
+    checkpoints.clear()
+    checkpoints.save(state.RunState(step=12), {}, None)
+    checkpoints.save(state.RunState(step=13), {}, None)
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("best", "step-000001", "step-000007", "step-000009", "step-000013")
+    ]
+    assert (tmp_path / "elsewhere" / "peerify.json").exists()

@@ -83,7 +83,11 @@ class Windows:
         Raises:
             DataError: the texts are not those of the position.
         """
-        if len(position["taken"]) != len(self._parts):
+        taken: Any = position.get("taken")
+        parts: Any = position.get("parts")
+        if not _are_counts(taken) or not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise DataError("the checkpoint does not say where in the texts it was: go on from the one before")
+        if not len(taken) == len(parts) == len(self._parts):
             raise DataError("the checkpoint was made with another number of texts: restore train.data.sources")
         for part, where in zip(self._parts, position["parts"], strict=True):
             part.seek(where)
@@ -138,6 +142,10 @@ class _Held:
             raise DataError(
                 f"{self.source.path} is not the text that the checkpoint was made with: put it back, or start anew "
                 "with --overwrite"
+            )
+        if not _are_counts([position.get("at")]):
+            raise DataError(
+                f"the checkpoint does not say where in {self.source.path} it was: go on from the one before"
             )
         self.at = position["at"]
 
@@ -201,6 +209,15 @@ class _Streamed:
         }
 
     def seek(self, position: dict[str, Any]) -> None:
+        windows, left = position.get("buffer"), position.get("left")
+        counts = [position.get(key) for key in ("drawn", "epoch", "row")]
+        whole = isinstance(windows, list) and all(
+            _are_counts(window, least=PADDING) and len(window) == self.config.context for window in windows
+        )
+        if not (_are_counts(counts) and _are_counts(left) and whole):
+            raise DataError(
+                f"the checkpoint does not say where in {self.source.path} it was: go on from the one before"
+            )
         self.drawn, self.epoch = position["drawn"], position["epoch"]
         self.packer.left = list(position["left"])
         self.buffer = [np.array(window, dtype=np.int32) for window in position["buffer"]]
@@ -209,8 +226,14 @@ class _Streamed:
         self._rows = self._open()
         if self._hub is None:
             for _ in range(position["row"]):
-                next(self._rows, None)
+                if next(self._rows, None) is None:
+                    raise DataError(f"{self.source.path} is shorter than when the checkpoint was made: put it back")
         self._row = position["row"]
+
+
+def _are_counts(values: Any, *, least: int = 0) -> bool:
+    """Whether `values` are whole numbers from `least` on that fit an id or a seed."""
+    return isinstance(values, list) and all(type(value) is int and least <= value < 2**31 for value in values)
 
 
 class _Packer:

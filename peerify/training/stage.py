@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from peerify.errors import TrainingError
+from peerify.memory import peak_mb
 from peerify.training import groups, objectives, state, validation
 from peerify.training.config import TrainConfig
 from peerify.training.data import PADDING, Windows
@@ -320,7 +319,5 @@ def _number(value: Any) -> float:
     return float(value.full_tensor() if isinstance(value, state.DTensor) else value)
 
 
-def _memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+def _memory_mb(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_mb()

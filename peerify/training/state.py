@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peerify.errors import CheckpointError, UsageError
+from peerify.files import is_checkpoint
 from peerify.output import atomic_folder
+from peerify.reading import printable, read_object, reason, shown
 
 NAME = re.compile(r"step-(\d{6,})")
 BEST = "best"
@@ -44,6 +47,9 @@ class RunState:
     losses: list[float] = field(default_factory=list)
     """Of the last steps, for the detection of spikes."""
     recipe: dict[str, Any] = field(default_factory=dict)
+
+
+_STATE = TypeAdapter(RunState)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -108,7 +114,10 @@ def put_optimizer_state(
     for name, state in states.items():
         parameter = parameters.get(name)
         if parameter is None or parameter not in known:
-            raise CheckpointError(f"{where} holds optimizer state for {name}, which does not train here")
+            raise CheckpointError(f"{where} holds optimizer state for {printable(name)}, which does not train here")
+        for key in ("exp_avg", "exp_avg_sq") if type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) else ():
+            if not isinstance(state.get(key), Tensor) or state[key].shape != parameter.shape:
+                raise CheckpointError(f"{where} holds {key} of another shape for {printable(name)}; was it changed?")
         optimizer.state[parameter] = {
             key: _like(value, parameter, key) if isinstance(value, Tensor) else value for key, value in state.items()
         }
@@ -140,7 +149,7 @@ class Checkpoints:
         """The newest complete checkpoint. Folders appear only when complete."""
         if not self.folder.is_dir():
             return None
-        found = [entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name)]
+        found = [entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name) and is_checkpoint(entry)]
         return max(found, key=lambda entry: int(entry.name[5:]), default=None)
 
     def save(self, state: RunState, weights: dict[str, Tensor], optimizer: dict[str, dict[str, Any]] | None) -> Path:
@@ -155,7 +164,8 @@ class Checkpoints:
             if optimizer is not None:
                 torch.save(optimizer, folder / "optimizer.pt")
         entries = sorted(
-            (entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name)), key=lambda e: int(e.name[5:])
+            (entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name) and is_checkpoint(entry)),
+            key=lambda entry: int(entry.name[5:]),
         )
         for old in entries[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -172,21 +182,32 @@ class Checkpoints:
         return self.folder / BEST
 
     def clear(self) -> None:
-        """Remove all of it: checkpoints, the best, and unfinished ones."""
+        """Remove what a run wrote: checkpoints, the best, and unfinished ones. What others put there stays."""
         if self.folder.is_dir():
             for entry in self.folder.iterdir():
-                if NAME.fullmatch(entry.name) or entry.name == BEST or re.match(r"\.(step-\d+|best)\.", entry.name):
+                named = NAME.fullmatch(entry.name) or entry.name == BEST
+                if (named and is_checkpoint(entry)) or re.fullmatch(r"\.(step-\d+|best)\.(tmp|old)-\d+", entry.name):
                     shutil.rmtree(entry, ignore_errors=True)
 
 
 def read_state(folder: Path) -> RunState:
-    """run.json of a checkpoint. Raises CheckpointError when it cannot be read."""
+    """run.json of a checkpoint. Raises CheckpointError when it cannot be read, or is not what a run writes."""
+    path, remedy = folder / "run.json", f"remove {folder} to go on from the checkpoint before"
+    content = read_object(path, CheckpointError, remedy)
     try:
-        return RunState(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is no checkpoint of this version ({error}); remove it to go on from the one before"
-        ) from None
+        unknown = content.keys() - RunState.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"{shown(min(unknown))} is not known")
+        found = _STATE.validate_json(json.dumps(content), strict=True)
+        if min(found.stage, found.step_in_stage, found.step) < 0:
+            raise ValueError("a negative step")
+        return found
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        fault = reason(error)
+    raise CheckpointError(f"{folder} is no checkpoint of this version ({printable(fault)}); {remedy}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -195,15 +216,41 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / "model.safetensors")
     except Exception as error:
         raise CheckpointError(
-            f"{folder / 'model.safetensors'} cannot be read ({str(error).splitlines()[0]}); remove {folder} to go on "
+            f"{folder / 'model.safetensors'} cannot be read ({reason(error)}); remove {folder} to go on "
             "from the checkpoint before"
         ) from None
 
 
 def read_optimizer(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The optimizer's state in a checkpoint, None at the start of a stage."""
+    """The optimizer's state in a checkpoint, None at the start of a stage.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no mapping of names to tensors and numbers. No code in it is run.
+    """
     path = folder / "optimizer.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    remedy = f"remove {folder} to go on from the checkpoint before"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen kinds, and advise to load it unsafely
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone ({type(error).__name__}); whoever made it, {remedy}"
+        ) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(state, dict) and all(map(_is_state, state.items()))
+        for name, state in content.items()
+    ):
+        raise CheckpointError(f"{path} is not the state of an optimizer; {remedy}")
+    return content
+
+
+def _is_state(item: tuple[Any, Any]) -> bool:
+    """Whether an optimizer may keep this under this name: finite numbers, or whatever its own class puts there."""
+    key, value = item
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and (not value.is_floating_point() or bool(value.isfinite().all()))
+    return isinstance(key, str) and (value is None or isinstance(value, str | bool | int | float | list | tuple | dict))
 
 
 def check_same_recipe(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -215,8 +262,8 @@ def check_same_recipe(saved: dict[str, Any], now: dict[str, Any], folder: Path) 
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and key.removeprefix("train.").split(".")[0] not in FREE:
             raise UsageError(
-                f"{folder} was made with {key} {saved.get(key)!r}, and the recipe says {now.get(key)!r}: restore it, "
-                "or start anew with --overwrite"
+                f"{folder} was made with {key} {shown(saved.get(key))}, and the recipe says {shown(now.get(key))}: "
+                "restore it, or start anew with --overwrite"
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "run.py"
+RUN = Path(__file__).parent / "fuzz.py"
 
 
 def fuzz(*argv: str) -> str:

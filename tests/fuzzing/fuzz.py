@@ -1,4 +1,4 @@
-"""Feed damaged files to every reader: `make fuzz`, or python tests/fuzzing/run.py --count 100 safetensors recipe.
+"""Feed damaged files to every reader: `make fuzz`, or python tests/fuzzing/fuzz.py --count 100 safetensors recipe.
 
 Prints a line for each corpus and one for each fault, and keeps the damaged file of each kind of fault in --keep. Exit
 code 1 if there is any fault.
@@ -67,7 +67,7 @@ def try_all(name: str, corpus: Corpus, seed: int, count: int, keep: Path | None)
             longest = max(longest, end.seconds)
             if not end.fine and (sort := _sort(end)) not in seen:
                 seen.add(sort)
-                print(f"  {name} {label}: {end.kind}: {end.message}", flush=True)
+                print(f"  {name} {label}: {end.kind}: {end.message[:3000]}", flush=True)
                 if keep is not None:
                     (keep / name).mkdir(parents=True, exist_ok=True)
                     (keep / name / f"{label}{Path(corpus.file).suffix}").write_bytes(raw)
