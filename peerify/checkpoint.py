@@ -133,15 +133,16 @@ def load_for_eval(
 
 
 def load_skeleton(
-    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, converted_too: bool = False
 ) -> PreTrainedModel:
-    """Build a dense model on the meta device from its config alone; no weight is read or downloaded.
+    """Build a dense model (or a converted one, too) on the meta device from its config; no weight is read or fetched.
 
     Raises CheckpointError, as `load_dense` does, for what the config shows.
     """
     _require_transformers()
     found = open_source(source, revision=revision, weights=False, code=trust_remote_code)
-    _refuse_converted(found)
+    if not converted_too:
+        _refuse_converted(found)
     config = _load_config(found, trust_remote_code)
     return _build(found, config, _model_class(found, config), trust_remote_code)
 

@@ -160,6 +160,28 @@ def is_hub_dataset(spec: str) -> bool:
     return not path.exists() and not looks_local
 
 
+def check_source(spec: str) -> Path | None:
+    """The file behind `spec`, or None for the name of a Hub dataset, which is not looked for.
+
+    Raises:
+        DataError: there is no such file, it is of no kind that is read, or no dataset can have that name.
+    """
+    path = local_path(spec, DataError)
+    if path.is_dir():
+        raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
+    if is_hub_dataset(spec):
+        if not HUB_DATASET.fullmatch(spec):
+            raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
+        return None
+    if not path.exists():
+        raise DataError(f"no such text file: {spec}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
+    if not path.is_file():
+        raise DataError(f"{spec} is not a regular file: name a .txt, .jsonl or .parquet file")
+    return path
+
+
 def read_pieces(spec: str, max_characters: int | None = None) -> Iterator[str]:
     """The documents behind `spec` (see `read_text`), one after the other: a .txt file is one.
 
@@ -168,17 +190,9 @@ def read_pieces(spec: str, max_characters: int | None = None) -> Iterator[str]:
     Raises:
         DataError: see `read_text`.
     """
-    path = local_path(spec, DataError)
-    if path.is_dir():
-        raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
-    if is_hub_dataset(spec):
+    path = check_source(spec)
+    if path is None:
         return (text_field(row, f"the Hub dataset {spec}") for row in _explain_hub(spec, hub_dataset(spec)))
-    if not path.exists():
-        raise DataError(f"no such text file: {spec}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
-    if not path.is_file():
-        raise DataError(f"{spec} is not a regular file: name a .txt, .jsonl or .parquet file")
     reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
     return _explain(spec, reader(path) if reader else _plain_text(path, max_characters))
 
@@ -231,8 +245,6 @@ def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
     Raises:
         DataError: no such dataset, or no way to it.
     """
-    if not HUB_DATASET.fullmatch(spec):
-        raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
     if streaming and not reachable():  # the library itself would try for half a minute
         raise DataError(f"{spec} is no text file here, and the Hub, to look for such a dataset, cannot be reached")
     import datasets

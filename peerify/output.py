@@ -66,10 +66,14 @@ def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[s
 
     Raises:
         OutputError: `out` is no usable path, or is the root, the home or the working directory or holds one of them;
-            it exists, and `overwrite` is not set or it is not a folder that peerify wrote and nobody added to; one of
-            `inputs` lies in it.
+            its place may not be written; it exists, and `overwrite` is not set or it is not a folder that peerify
+            wrote and nobody added to; one of `inputs` lies in it.
     """
     target = _absolute(out)
+    parent = next(place for place in target.parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        fault = "may not be written" if parent.is_dir() else "is not a folder"
+        raise OutputError(f"{printable(out)} cannot be written: {printable(parent)} {fault}; choose another place")
     if not target.exists() and not target.is_symlink():
         return target
     if not target.is_dir() or target.is_symlink():

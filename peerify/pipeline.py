@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peerify.data import check_source
 from peerify.errors import OutputError, UsageError
 from peerify.files import MARKER
-from peerify.reading import read_object, shown
+from peerify.output import check_target
+from peerify.reading import local_path, read_object, shown
 from peerify.recipe import Recipe
 from peerify.record import read_record
 
@@ -42,12 +44,12 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, progress: Progress | 
     done: list[str] = []
     skipped: list[str] = []
     results: dict[str, Any] = {}
-    notes = _Notes(Path(f"{recipe.output.rstrip('/')}.run.json").expanduser(), fresh=overwrite)
+    notes = _Notes(local_path(f"{recipe.output.rstrip('/')}.run.json", OutputError), fresh=overwrite)
     work: dict[str, Callable[[], Mapping[str, Any]]] = {"convert": lambda: _convert(recipe, overwrite, progress)}
     final = recipe.output
     asked: dict[str, Any] = {"convert": _asked_of_conversion(recipe)}
     if recipe.train is not None:
-        from peerify.training.train import output_of
+        from peerify.training.checks import output_of
 
         final = output_of(recipe)
         work["train"] = lambda: _train(recipe, overwrite, progress)
@@ -61,6 +63,7 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, progress: Progress | 
     if recipe.hub is not None:
         work["push"] = lambda: _push(recipe, final, progress)
         asked["push"] = [asked["train" if recipe.train else "convert"], recipe.hub.model_dump(mode="json")]
+    _check(recipe, [stage for stage in work if not notes.holds(stage, _fingerprint(asked[stage]))], overwrite)
     stopped = None
     for stage, act in work.items():
         fingerprint = _fingerprint(asked[stage])
@@ -142,19 +145,36 @@ def _refuse_another(recipe: Recipe) -> None:
         )
 
 
+def _check(recipe: Recipe, stages: Sequence[str], overwrite: bool) -> None:
+    """Refuse now what one of `stages` would refuse after hours. Raises what they raise."""
+    if "convert" in stages and not (_exists(recipe.output) and not overwrite):
+        if not recipe.calibration.sources:
+            raise UsageError("the recipe has no calibration.data: name a .txt file or a Hub dataset to convert with")
+        for text in recipe.calibration.sources:
+            check_source(text)
+        check_target(recipe.output, overwrite=overwrite or recipe.overwrite)
+    if "train" in stages:
+        from peerify.training.checks import check_training
+
+        check_training(recipe)
+    if "push" in stages and recipe.hub is not None:
+        from peerify.transfer import need_token
+
+        need_token(recipe.hub.repo)
+
+
 def _convert(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
     from peerify.folder import convert_checkpoint
 
-    if not recipe.calibration.sources:
-        raise UsageError("the recipe has no calibration.data: name a .txt file or a Hub dataset to convert with")
     return convert_checkpoint(recipe.model_copy(update={"overwrite": overwrite or recipe.overwrite}), progress=progress)
 
 
 def _train(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
+    from peerify.training.checks import run_folder
     from peerify.training.state import Checkpoints
-    from peerify.training.train import output_of, train_checkpoint
+    from peerify.training.train import train_checkpoint
 
-    begun = not overwrite and Checkpoints(Path(f"{output_of(recipe)}-run").expanduser(), 1).latest() is not None
+    begun = not overwrite and Checkpoints(run_folder(recipe), 1).latest() is not None
     result = train_checkpoint(recipe, resume=begun, overwrite=overwrite, progress=progress)
     assert result is not None
     return result

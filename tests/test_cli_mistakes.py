@@ -152,7 +152,9 @@ def test_a_training_that_a_signal_stopped_prints_its_result_and_is_no_success(
     stopped = {"steps": 7, "stopped": True, "signal": int(number)}
     monkeypatch.setattr("peerify.training.train.train_checkpoint", lambda *_, **__: stopped)
     monkeypatch.setattr("peerify.pipeline._convert", lambda *_: {})
-    (here / "r.yaml").write_text("model: llama\noutput: out\ntrain: {data: {sources: text.txt}}\n")
+    (here / "r.yaml").write_text(
+        "model: llama\noutput: out\ncalibration: {data: text.txt}\ntrain: {data: {sources: text.txt}}\n"
+    )
     result = run("train", "r.yaml", "--json")
     assert (result.exit_code, json.loads(result.stdout)) == (128 + number, stopped)
     assert result.stderr == f"peerify: {word}; the same command with --resume goes on after step 7\n"

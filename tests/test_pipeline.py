@@ -13,7 +13,7 @@ from checkpoints import text_file, tiny_checkpoint
 from click.testing import CliRunner
 
 from peerify import cli, pipeline
-from peerify.errors import OutputError, UsageError
+from peerify.errors import OutputError, PeerifyError, UsageError
 from peerify.pipeline import run_recipe
 from peerify.recipe import Recipe
 from peerify.training import stage
@@ -53,6 +53,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return {"repo": repo, "url": f"https://hub/{repo}"}
 
     monkeypatch.setattr("peerify.publishing.push", push)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     return calls
 
 
@@ -132,3 +133,25 @@ def test_the_command_prints_what_was_done(recipe: Recipe, pushed: list[Any]) -> 
     assert "https://hub/ada/peer" in result.stdout
     result = CliRunner().invoke(cli.cli, ["run", "r.yaml", "--json"])
     assert json.loads(result.stdout)["skipped"] == ["convert", "train", "eval", "push"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["calibration.data=gone.txt"], "no such text file: gone.txt"),
+        (["train.data.sources=gone.txt"], "no such text file: gone.txt"),
+        (["train.evaluation.test=gone.txt"], "no such text file: gone.txt"),
+        (["train.output=train.txt/healed"], "train.txt/healed cannot be written: .*train.txt is not a folder"),
+        (["output=train.txt/peer"], "train.txt/peer"),
+        (["output=dense"], "dense exists"),
+        ([], "ada/peer: pushing needs a Hub token"),
+    ],
+)
+def test_what_a_late_stage_would_refuse_is_refused_first(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr(pipeline, "_convert", lambda *_: pytest.fail("it converted first"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(PeerifyError, match=message) as caught:
+        run_recipe(Recipe.load("r.yaml", overrides))
+    assert "\n" not in str(caught.value)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import files, trained  # noqa: F401
+from training_runs import files, recipe, trained  # noqa: F401
 
 from peerify.errors import CheckpointError, OutputError, PeerifyError, TrainingError, UsageError
 from peerify.recipe import Recipe
 from peerify.training import stage, state
 from peerify.training import train as training
+from peerify.training.plan import plan_training
 from peerify.training.train import train_checkpoint
 
 
@@ -114,7 +115,9 @@ def test_earlier_runs_and_results_are_not_lost(here: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"peer-healed-run will take up to .* GB"):
+        plan_training(recipe())
     refused(OutputError, r"peer-healed-run will take up to .* GB and its disk has 1e-06 GB free; free some space")
 
 
@@ -173,3 +176,42 @@ def test_what_others_put_among_the_checkpoints_stays(here: Path, tmp_path: Path)
         *("best", "step-000001", "step-000007", "step-000009", "step-000013")
     ]
     assert (tmp_path / "elsewhere" / "peerify.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.data.sources=[]"], "train.data.sources is empty"),
+        (["train.data.sources=gone.txt"], "no such text file: gone.txt"),
+        (["train.data.sources=[train.txt, 'a b']"], "no such text file, and not the name of a Hub dataset"),
+        (["train.evaluation.data=gone.txt"], "no such text file: gone.txt"),
+        (["train.evaluation.test=gone.txt"], "no such text file: gone.txt"),
+        (["train.output=train.txt"], "train.txt exists and is not a folder"),
+        (["train.output=train.txt/healed"], "train.txt/healed cannot be written: .*train.txt is not a folder"),
+        (["train.output=~nosuchuser/x"], "~nosuchuser/x.* is not a usable path"),
+        (["train.output=."], "working directory"),
+        (["train.output=dense"], "dense exists and is not a folder"),
+        (["output=dense", "train.output=x"], "no PEER layer: convert it first"),
+    ],
+)
+def test_the_dry_run_and_the_run_refuse_the_same_and_the_run_at_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(PeerifyError, match=message):
+        plan_training(recipe(*overrides))
+    if "PEER" not in message:
+        monkeypatch.setattr(training, "load_for_eval", lambda *_, **__: pytest.fail("it loaded the model first"))
+    with pytest.raises(PeerifyError, match=message):
+        trained(*overrides)
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_the_training(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root every place may be written, so the answer of the system is made up."""
+    access = os.access
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    for act in (lambda: plan_training(recipe("train.output=locked/x")), lambda: trained("train.output=locked/x")):
+        with pytest.raises(OutputError, match=r"locked/x cannot be written: .*locked may not be written"):
+            act()

@@ -49,7 +49,8 @@ def train(
         report.print_json(plan) if as_json else report.print_training_plan(plan)
         return
     with library(as_json) as progress:
-        from peerify.training.train import output_of, train_checkpoint
+        from peerify.training.checks import output_of
+        from peerify.training.train import train_checkpoint
 
         ctx.meta["peerify.output"] = output_of(loaded)
         result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)

@@ -16,8 +16,8 @@ from peerify.modeling_peer import PEER
 from peerify.plan import plan_layer
 from peerify.recipe import Recipe
 from peerify.training import groups
+from peerify.training.checks import check_space, check_training, run_folder, section
 from peerify.training.config import StageConfig, TrainConfig
-from peerify.training.train import section
 
 Progress = Callable[[str, int, int], None]
 # Bytes of optimizer state per trainable parameter.
@@ -36,12 +36,14 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
         "objectives", "optimizer", "lr", "flops", "memory": {part: bytes, "total"}}``.
 
     Raises:
-        PeerifyError: the recipe has no `train:`, or the model cannot be built from its config.
+        PeerifyError: what the run itself would refuse: see `check_training`, `load_skeleton` and `check_space`.
     """
     config = section(recipe)
+    check_training(recipe)
     tell = progress if progress is not None else lambda *_: None
     tell("Planning", 0, 1)
     model, dense_parameters = _converted_skeleton(recipe)
+    check_space(config, model, run_folder(recipe))
     parameters = _count(model)
     stages, steps = [], config.steps_of_stages()
     for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
@@ -68,15 +70,9 @@ def _converted_skeleton(recipe: Recipe) -> tuple[Any, int]:
     dense: Any = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     dense_parameters = _count(dense)
     if (Path(recipe.output).expanduser() / "config.json").exists():
-        import peerify.modeling_peer as modeling
-
-        modeling.register()
-        from transformers import AutoConfig
-
-        settings = AutoConfig.from_pretrained(recipe.output)
-        cls = getattr(modeling, settings.architectures[0])
-        with torch.device("meta"):
-            return cls(settings), dense_parameters
+        model = load_skeleton(recipe.output, converted_too=True)
+        groups.require_peer(model)
+        return model, dense_parameters
     sites = select_sites(find_feedforwards(dense), recipe.convert.layers)
     for site in sites:
         if not site.convertible:

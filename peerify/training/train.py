@@ -17,12 +17,13 @@ from accelerate.utils import DistributedType
 from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
 from peerify.data import check_windows, load_windows
-from peerify.errors import CheckpointError, OutputError, PeerifyError, StoppedError, UsageError
+from peerify.errors import CheckpointError, PeerifyError, StoppedError, UsageError
 from peerify.files import CARD
 from peerify.recipe import Recipe
 from peerify.record import read_record, write_record
 from peerify.training import loggers, state
 from peerify.training.allocator import keep_freed_memory
+from peerify.training.checks import check_space, check_start, output_of, run_folder, section
 from peerify.training.config import TrainConfig
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
@@ -36,24 +37,12 @@ Progress = Callable[[str, int, int], None]
 logger = logging.getLogger(__name__)
 
 
-def output_of(recipe: Recipe) -> str:
-    """Where the trained model is written."""
-    return section(recipe).output or f"{recipe.output.rstrip('/')}-healed"
-
-
-def section(recipe: Recipe) -> TrainConfig:
-    """The `train:` part of a recipe. Raises UsageError when it has none."""
-    if recipe.train is None:
-        raise UsageError("the recipe has no train section: add `train:` with at least data.sources below it")
-    return recipe.train
-
-
 def train_checkpoint(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any] | None:
     """Train the converted model in `recipe.output` as `recipe.train` says and write the result, whole or not at all.
 
-    Checkpoints, the log and curves lie in the folder `<output>-run`. StoppedError by SIGINT or SIGTERM, the run writes
+    Checkpoints, the log and curves lie in the folder `<output>-run`. Interrupted by SIGINT or SIGTERM, the run writes
     a checkpoint and returns with "stopped" true and the signal's number; with `resume` it goes on from the newest one.
 
     Returns:
@@ -66,12 +55,12 @@ def train_checkpoint(
     """
     config = section(recipe)
     target = output_of(recipe)
-    folder = Path(f"{target}-run").expanduser()
+    folder = run_folder(recipe)
+    check_start(recipe, resume=resume, overwrite=overwrite)
     checkpoints = state.Checkpoints(folder, config.checkpoints.keep)
     latest = checkpoints.latest() if resume else None
     described = {f"train.{key}": value for key, value in flatten(config.model_dump(mode="json")).items()}
     described |= {"model": recipe.model, "output": recipe.output}
-    _check_start(checkpoints, target, latest, resume, overwrite)
     if latest is not None:
         state.check_same_recipe(_unrolled(state.read_state(latest).recipe), _unrolled(described), latest)
     names = loggers.chosen(config.loggers)
@@ -87,7 +76,7 @@ def train_checkpoint(
         windows = Windows(config.data, ours.tokenizer, seed=config.seed, progress=tell)
         check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
         test_bt = _test_windows(config, ours, tell)
-        _check_space(config, ours.model, folder)
+        check_space(config, ours.model, folder)
         if accelerator.is_main_process:
             if latest is None:
                 checkpoints.clear()
@@ -151,21 +140,6 @@ def _unrolled(described: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def _check_start(
-    checkpoints: state.Checkpoints, target: str, latest: Path | None, resume: bool, overwrite: bool
-) -> None:
-    """Refuse to lose an earlier run or result, and to go on from nothing."""
-    if Path(target).expanduser().exists() and not overwrite:
-        raise OutputError(f"{target} exists; set train.output to another place, or pass --overwrite to replace it")
-    if resume and latest is None:
-        raise UsageError(f"--resume finds no checkpoint in {checkpoints.folder}: leave it out to start")
-    if not resume and not overwrite and checkpoints.latest() is not None:
-        raise UsageError(
-            f"{checkpoints.folder} holds the checkpoints of an earlier run: pass --resume to go on with it, or "
-            "--overwrite to start anew"
-        )
 
 
 def _launched() -> bool:
@@ -256,19 +230,6 @@ def _test_windows(config: TrainConfig, ours: DenseModel, tell: Progress) -> torc
     )
     check_windows(windows_bt, ours.model)
     return windows_bt
-
-
-def _check_space(config: TrainConfig, model: Any, folder: Path) -> None:
-    """Refuse a disk that the checkpoints will not fit on."""
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    needed = (config.checkpoints.keep + 1) * 3 * size + 2 * size  # with two moments; the best and the result
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"{folder} will take up to {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free; free some "
-            "space, lower train.checkpoints.keep, or set train.output to another disk"
-        )
 
 
 def _publisher(recipe: Recipe, tell: Progress) -> Callable[[Path, int], None] | None:

@@ -1,0 +1,86 @@
+"""What a training run will refuse, found before anything is loaded: by the dry run, by `train` and by `run`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peerify.data import check_source
+from peerify.errors import DataError, OutputError, UsageError
+from peerify.output import check_target
+from peerify.reading import local_path
+from peerify.recipe import Recipe
+from peerify.training import loggers, state
+from peerify.training.config import TrainConfig
+
+
+def section(recipe: Recipe) -> TrainConfig:
+    """The `train:` part of a recipe. Raises UsageError when it has none."""
+    if recipe.train is None:
+        raise UsageError("the recipe has no train section: add `train:` with at least data.sources below it")
+    return recipe.train
+
+
+def output_of(recipe: Recipe) -> str:
+    """Where the trained model is written."""
+    return section(recipe).output or f"{recipe.output.rstrip('/')}-healed"
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where checkpoints, the log and curves lie."""
+    return local_path(f"{output_of(recipe)}-run", OutputError)
+
+
+def check_training(recipe: Recipe) -> None:
+    """Whether `recipe.train` can be begun: its texts, its loggers, and the places that it writes.
+
+    Raises:
+        UsageError: there is no train section, or a logger is not installed.
+        DataError: no text, or one that is not there.
+        OutputError: the result or the checkpoints may not be written where they would lie.
+    """
+    config = section(recipe)
+    if not config.data.sources:
+        raise DataError("train.data.sources is empty: name a text to train on, such as a .txt file")
+    texts = [*(source.path for source in config.data.sources), config.evaluation.data, config.evaluation.test]
+    for text in texts:
+        if text is not None:
+            check_source(text)
+    loggers.chosen(config.loggers)
+    read = [recipe.model, recipe.output, *(text for text in texts if text is not None)]
+    # Whether a result that is there may be replaced is for the caller to say; what others put into it may never be.
+    check_target(output_of(recipe), overwrite=True, inputs=read)
+    folder = run_folder(recipe)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is not a folder; set train.output to another place")
+    check_target(folder / "step-000000")
+
+
+def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """`check_training`, and that no earlier run or result is lost and that there is one to go on with."""
+    target, checkpoints = output_of(recipe), state.Checkpoints(run_folder(recipe), 1)
+    check_training(recipe)
+    latest = checkpoints.latest()
+    if Path(target).expanduser().exists() and not overwrite:
+        raise OutputError(f"{target} exists; set train.output to another place, or pass --overwrite to replace it")
+    if resume and latest is None:
+        raise UsageError(f"--resume finds no checkpoint in {checkpoints.folder}: leave it out to start")
+    if not resume and not overwrite and latest is not None:
+        raise UsageError(
+            f"{checkpoints.folder} holds the checkpoints of an earlier run: pass --resume to go on with it, or "
+            "--overwrite to start anew"
+        )
+
+
+def check_space(config: TrainConfig, model: Any, folder: Path) -> None:
+    """Refuse a disk that the checkpoints of `model` will not fit on. Raises OutputError."""
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed = (config.checkpoints.keep + 1) * 3 * size + 2 * size  # with two moments; the best and the result
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} will take up to {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free; free some "
+            "space, lower train.checkpoints.keep, or set train.output to another disk"
+        )
