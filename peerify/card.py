@@ -11,6 +11,7 @@ import yaml
 from peerify import frontmatter
 from peerify.errors import PublishError
 from peerify.files import CARD
+from peerify.output import write_text
 from peerify.reading import local_path, read_object, read_text, shown
 from peerify.record import read_record, write_record
 
@@ -36,7 +37,7 @@ CITATION = """@article{he2024mixture,
 
 def write_card(folder: Path) -> None:
     """Write README.md of a converted model, or write its generated part anew; what people edited in it stays."""
-    (folder / "README.md").write_text(frontmatter.render(fresh_card(folder)), encoding="utf-8")
+    write_text(folder / CARD, frontmatter.render(fresh_card(folder)))
 
 
 def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peerify.errors import OutputError
@@ -143,6 +143,18 @@ def _clear_stale(target: Path) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all. Raises OutputError where it may not be written, or the disk is full."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise OutputError(f"{printable(path)} cannot be written: {reason(error)}") from error
+
+
 def alive(pid: int) -> bool:
     """Whether another process of this number runs."""
     import psutil
@@ -189,13 +201,16 @@ def _move_in(temporary: Path, target: Path) -> None:
 
 def _write_failure(error: BaseException, temporary: Path) -> str | None:
     """Why writing failed, if it is the disk's or the folder's fault; None for every other error."""
+    if isinstance(error, OutputError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
     if isinstance(error, OSError) and error.errno:
         inside = str(error.filename or "").startswith(str(temporary))
         if error.errno in DISK_FULL:
             return "the disk is full"
         return reason(error) if inside else None
     # safetensors raises its own error type, with the system's words in it
-    return "the disk is full" if "No space left on device" in str(error) else None
+    full = ("No space left on device", "File too large", "Disk quota exceeded")
+    return "the disk is full" if any(words in str(error) for words in full) else None
 
 
 def _first_missing(folder: Path) -> Path | None:

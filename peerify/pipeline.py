@@ -16,7 +16,7 @@ from typing import Any
 from peerify.data import check_source
 from peerify.errors import OutputError, UsageError
 from peerify.files import MARKER
-from peerify.output import check_target
+from peerify.output import check_target, write_text
 from peerify.reading import local_path, read_object, shown
 from peerify.recipe import Recipe
 from peerify.record import read_record
@@ -111,12 +111,7 @@ class _Notes:
         later = STAGES[STAGES.index(stage) + 1 :]
         self._stages = {name: note for name, note in self._stages.items() if name not in later}
         self._stages[stage] = {"fingerprint": fingerprint, "result": result}
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            beside.write_text(json.dumps(self._stages, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+        write_text(self.path, json.dumps(self._stages, indent=2) + "\n")
 
 
 def _exists(folder: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import psutil
+
 from peerify.config import PeerConfig
 from peerify.errors import ConversionError
 
@@ -44,6 +46,8 @@ def plan_layer(
     Raises:
         ConversionError: `config` asks for something that this layer has no room for.
     """
+    if min(d_model, d_ff) < 1:
+        raise ConversionError(f"{path}: a layer of {d_model}×{d_ff} has no neurons to convert")
     config = config.expanded()
     vectors = 3 if gated else 2
     num_experts = config.num_experts or d_ff
@@ -52,6 +56,12 @@ def plan_layer(
     if routed < 1:
         raise ConversionError(
             f"{path}: num_shared {num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
+        )
+    taken, there = 4 * vectors * num_experts * d_model, psutil.virtual_memory().total
+    if num_experts > d_ff and taken > there:
+        raise ConversionError(
+            f"{path}: {num_experts:,} experts of width {d_model} take {taken / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f} GB: lower num_experts"
         )
     gates = config.gates or "unit"
     share_pool = bool(config.share_pool)
@@ -65,9 +75,11 @@ def plan_layer(
     if config.active is not None:
         compute = config.active * vectors * d_ff - vectors * num_shared
         if compute < vectors:
+            least = (num_shared + 1) / d_ff
+            also = " or lower num_shared" if num_shared else ""
             raise ConversionError(
-                f"{path}: active {config.active} of {d_ff} neurons is less than the {num_shared} always-on "
-                "experts and one more: raise active or lower num_shared"
+                f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
+                f"there can be: raise it to {least:.2g} or more{also}"
             )
     else:
         shortlisted = config.shortlist or config.topk or 0

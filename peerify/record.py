@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from peerify.errors import PeerifyError
 from peerify.files import MARKER
+from peerify.output import write_text
 from peerify.reading import printable, read_object, shown
 
 _MORE = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -161,10 +162,8 @@ def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write peerify.json, whole or not at all."""
-    beside = folder / f".{MARKER}.tmp"
-    beside.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(folder / MARKER)
+    """Write peerify.json, whole or not at all. Raises OutputError where it may not be written, or the disk is full."""
+    write_text(folder / MARKER, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _checked(adapter: TypeAdapter[Any], value: Any, where: str, fault: type[PeerifyError], remedy: str) -> Any:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peerify.data import check_source
-from peerify.errors import DataError, OutputError, UsageError
+from peerify.errors import CheckpointError, DataError, OutputError, UsageError
+from peerify.files import MARKER
 from peerify.output import check_target
 from peerify.reading import local_path
 from peerify.recipe import Recipe
+from peerify.record import read_record
 from peerify.training import loggers, state
 from peerify.training.config import TrainConfig
 
@@ -38,6 +40,7 @@ def check_training(recipe: Recipe) -> None:
     Raises:
         UsageError: there is no train section, or a logger is not installed.
         DataError: no text, or one that is not there.
+        CheckpointError: peerify.json of the converted model cannot be read.
         OutputError: the result or the checkpoints may not be written where they would lie.
     """
     config = section(recipe)
@@ -48,6 +51,9 @@ def check_training(recipe: Recipe) -> None:
         if text is not None:
             check_source(text)
     loggers.chosen(config.loggers)
+    converted = local_path(recipe.output, CheckpointError)
+    if (converted / MARKER).exists():
+        read_record(converted, CheckpointError)  # goes into the result's record, at the end
     read = [recipe.model, recipe.output, *(text for text in texts if text is not None)]
     # Whether a result that is there may be replaced is for the caller to say; what others put into it may never be.
     check_target(output_of(recipe), overwrite=True, inputs=read)
