@@ -79,7 +79,7 @@ def plan_layer(
             also = " or lower num_shared" if num_shared else ""
             raise ConversionError(
                 f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
-                f"there can be: raise it to {least:.2g} or more{also}"
+                f"there can be: raise active to at least {least:.2g}{also}"
             )
     else:
         shortlisted = config.shortlist or config.topk or 0

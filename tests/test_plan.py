@@ -157,7 +157,7 @@ def test_preset() -> None:
     ("options", "layer", "message"),
     [
         ({"num_shared": 256}, {}, "num_shared 256 leaves nothing"),
-        ({"num_shared": 200}, {}, "raise active or lower num_shared"),
+        ({"num_shared": 200}, {}, "or lower num_shared"),
         ({"active": 0.003}, {}, "raise active"),
         ({"rerank": "gate"}, {"gated": False}, "rerank 'gate' needs gated experts"),
         ({"topk": 3, "shortlist": 4}, {"gated": False}, "shortlist 4 needs gated experts"),
@@ -175,3 +175,8 @@ def test_no_room(options: dict[str, Any], layer: dict[str, Any], message: str) -
     with pytest.raises(ConversionError, match=r"^model\.mlp: ") as error:
         plan(PeerConfig(**options), **layer)
     assert message in str(error.value)
+
+
+def test_more_experts_than_the_machine_holds_are_refused_before_any_is_made() -> None:
+    with pytest.raises(ConversionError, match=r"2,000,000,000 experts of width 64 take [\d,]+ GB, and this machine"):
+        plan(PeerConfig(num_experts=2_000_000_000), d_model=64)
