@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peerify.errors import CheckpointError, UsageError
 from peerify.files import PROCESSOR_FILES, matching, require_own
 from peerify.output import atomic_folder
-from peerify.reading import printable, reason, shown
+from peerify.reading import read_object, reason, shown
+from peerify.skeleton import build, is_native, load_config, model_class, quiet, refuse_misfit
 from peerify.source import Source, open_source
-
-try:
-    from transformers import modeling_gguf_pytorch_utils as gguf_loader
-except ImportError:  # an internal module, which not every release has
-    gguf_loader = None  # type: ignore[assignment]
 
 __all__ = ["DenseModel", "atomic_folder", "load_dense", "load_for_eval", "load_skeleton"]
 
 OLDEST_TRANSFORMERS = "5.17"
-MAX_MODULES = 300_000  # three times what the largest mixtures of experts have
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+TOKENIZER_OBJECTS = tuple(
+    f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
+)
 # Written by transformers into tokenizer_config.json: facts about this machine, not about the tokenizer.
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path")
 
@@ -63,7 +48,7 @@ class DenseModel:
         """The model's tokenizer. Raises CheckpointError when there is none."""
         options: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {}
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(
                     self.files, trust_remote_code=self.trust_remote_code, **options
                 )
@@ -74,6 +59,8 @@ class DenseModel:
                     f"{self.source} has no tokenizer (tokenizer.json): text cannot be turned into tokens; "
                     "copy the original model's tokenizer files beside the weights"
                 ) from error
+            if self.files and not self.gguf:
+                _require_objects(self.files, TOKENIZER_OBJECTS)
             raise CheckpointError(f"{self.source} has no readable tokenizer: {reason(error)}") from error
         tokenizer.name_or_path = self.source
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -137,50 +124,14 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """Build a dense model (or a converted one, too) on the meta device from its config; no weight is read or fetched.
 
-    Raises CheckpointError, as `load_dense` does, for what the config shows.
+    Raises CheckpointError, as `load_dense` does, for what the config and the headers of weights that are there show.
     """
     _require_transformers()
     found = open_source(source, revision=revision, weights=False, code=trust_remote_code)
     if not converted_too:
         _refuse_converted(found)
-    config = _load_config(found, trust_remote_code)
-    return _build(found, config, _model_class(found, config), trust_remote_code)
-
-
-def _build(found: Source, config: PretrainedConfig, cls: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device, in eval mode."""
-    try:
-        with _quiet(), torch.device("meta"), _few_modules():
-            if _is_native(cls):
-                model = cls(copy.deepcopy(config))  # some classes write into the config that they are given
-            else:
-                model = cls.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be built from its config: {reason(error)}") from error
-    return model.eval()
-
-
-def _is_native(cls: Any) -> bool:
-    """Whether `cls` is a model's own class, not an Auto class."""
-    return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
-
-
-@contextmanager
-def _few_modules() -> Iterator[None]:
-    """Stop a model that is being built once it has more modules than any model; a config may ask for millions."""
-    count = 0
-
-    def registered(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > MAX_MODULES:
-            raise ValueError(f"it has more than {MAX_MODULES:,} modules")
-
-    handle = register_module_module_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()
+    config = load_config(found, trust_remote_code)
+    return build(found, config, model_class(found, config), trust_remote_code)
 
 
 def _load(
@@ -199,7 +150,7 @@ def _load(
     found = open_source(source, revision=revision, code=trust_remote_code)
     if not converted_too:
         _refuse_converted(found)
-    config = _load_config(found, trust_remote_code)
+    config = load_config(found, trust_remote_code)
     options: dict[str, Any] = {"config": config, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if found.gguf:
         options["gguf_file"] = found.gguf
@@ -207,109 +158,39 @@ def _load(
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-    cls = _model_class(found, config)
-    if _is_native(cls):
+    cls = model_class(found, config)
+    if is_native(cls):
         options.pop("trust_remote_code", None)
-        _check_shapes(found, _build(found, config, cls, trust_remote_code))
+        build(found, config, cls, trust_remote_code)  # weights that do not fit are refused before memory is taken
     try:
-        with _quiet():
-            model, info = cls.from_pretrained(found.folder, output_loading_info=True, **options)
+        with quiet():
+            # Sizes that do not fit are named below; transformers would print them, and raise without them.
+            model, info = cls.from_pretrained(
+                found.folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:
-        raise CheckpointError(f"{found.name} cannot be loaded: {reason(error)}") from error
+        _require_objects(found.folder, ("generation_config.json",))
+        why = "its weights do not fit its config" if "above report" in str(error) else reason(error)
+        raise CheckpointError(f"{found.name} cannot be loaded: {why}") from error
+    for name, held, wanted in sorted(info["mismatched_keys"]):
+        refuse_misfit(found, name, tuple(held), tuple(wanted))
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{found.name} has no weights for {missing[0]}{more}, which {type(model).__name__} needs; "
-            "check `architectures` in its config.json"
+            "check `architectures` and the number of layers in its config.json"
         )
     _refuse_nonfinite(model, found.name)
     _forget_path(model, found)
     return DenseModel(model.to(target).eval(), found.name, found.revision, found.folder, found.gguf, trust_remote_code)
 
 
-def _check_shapes(found: Source, skeleton: PreTrainedModel) -> None:
-    """Refuse a config that asks for other weights than there are, before memory is taken for what it asks."""
-    prefix = f"{skeleton.base_model_prefix}."
-    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    for name, (_, shape) in found.tensors.items():
-        for known in (name, prefix + name, name.removeprefix(prefix)):
-            if wanted.get(known, shape) != shape:
-                raise CheckpointError(
-                    f"{found.name}: {printable(name)} has the shape {_by(shape)} in the file, and its config.json asks "
-                    f"for {_by(wanted[known])}; the two do not belong together"
-                )
-    asked = sum(math.prod(shape) for shape in wanted.values())
-    if asked > 2 * found.elements + 1_000_000:  # tied weights are stored once
-        what = "its header" if found.gguf else "its config.json"
-        raise CheckpointError(
-            f"{found.name}: {what} asks for {asked:,} parameters, and the file holds {found.elements:,} numbers; "
-            "the two do not belong together"
-        )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "()"
-
-
-def _load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
-    """The config object. Refuses what transformers does not know and may not run."""
-    if found.converted:
-        from peerify.modeling_peer import register
-
-        register()
-    elif not found.gguf:
-        model_type = found.config["model_type"]
-        known = model_type in transformers.CONFIG_MAPPING
-        if not known and not found.config.get("auto_map"):
-            raise CheckpointError(
-                f"{found.name}: transformers {transformers.__version__} does not know the architecture "
-                f"{shown(model_type)}; a newer transformers might"
-            )
-        if not known and not trust_remote_code:
-            raise CheckpointError(
-                f"{found.name} runs code from its own repository (auto_map in config.json); read that code, "
-                "then pass --trust-remote-code"
-            )
-    try:
-        with _quiet():
-            if found.gguf:
-                return AutoConfig.from_pretrained(found.folder, gguf_file=found.gguf)
-            trust = trust_remote_code and not found.converted
-            return AutoConfig.from_pretrained(found.folder, trust_remote_code=trust)
-    except Exception as error:
-        what = "metadata" if found.gguf else "config.json"
-        raise CheckpointError(f"{found.name}: its {what} cannot be used: {reason(error)}") from error
-
-
-def _model_class(found: Source, config: PretrainedConfig) -> Any:
-    """The class that the checkpoint names, so that BERT for masked words stays that; else an Auto class."""
-    name = next(iter(found.config.get("architectures") or config.architectures or []), "")
-    if found.converted:
-        import peerify.modeling_peer as modeling
-
-        cls = getattr(modeling, name, None)
-        if cls is None:
-            raise CheckpointError(f"{found.name}: this peerify does not know the class {shown(name)}")
-        return cls
-    auto_map = found.config.get("auto_map") or {}
-    if type(config).__module__.startswith("transformers_modules"):
-        named = [auto for auto, ref in auto_map.items() if str(ref).endswith("." + name)]
-        return getattr(transformers, next(iter(named), "AutoModelForCausalLM"), transformers.AutoModel)
-    cls = getattr(transformers, name, None) if name else None
-    if _is_native(cls):
-        return cls
-    if name and not auto_map:
-        usual: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        remedy = f"write {usual.__name__} there" if usual else "name the class that the model was saved from"
-        raise CheckpointError(
-            f"{found.name}: config.json names the architecture {shown(name)}, which transformers "
-            f"{transformers.__version__} does not have; {remedy}"
-        )
-    for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-        if type(config) in getattr(transformers, auto)._model_mapping:
-            return getattr(transformers, auto)
-    return transformers.AutoModel
+def _require_objects(folder: Path, names: tuple[str, ...]) -> None:
+    """Raise CheckpointError for the first of the files `names` that is there and holds no JSON object."""
+    for name in names:
+        if (folder / name).exists():
+            read_object(folder / name, CheckpointError)
 
 
 def _device(device: str) -> torch.device:
@@ -321,9 +202,9 @@ def _device(device: str) -> torch.device:
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
         there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         there += ["mps"] * torch.backends.mps.is_available()
-        raise UsageError(
-            f"device {shown(device)} cannot be used ({reason(error)}); this machine has {', '.join(there)}"
-        ) from error
+        # Of other kinds of device torch tells how it was built, at length.
+        why = f" ({reason(error)})" if device.startswith(("cuda", "meta")) else ""
+        raise UsageError(f"device {shown(device)} cannot be used{why}; this machine has {', '.join(there)}") from error
     return target
 
 
@@ -365,24 +246,3 @@ def _require_transformers() -> None:
             f"peerify needs transformers {OLDEST_TRANSFORMERS} or newer, not {transformers.__version__}; "
             "run `pip install -U transformers`"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and warnings, for peerify shows its own; restored on leaving."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    gguf_tqdm = getattr(gguf_loader, "tqdm", None)  # a bar that no setting reaches
-    if gguf_tqdm:
-        gguf_loader.tqdm = partial(gguf_tqdm, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if gguf_tqdm:
-            gguf_loader.tqdm = gguf_tqdm
-        if bars:
-            transformers_logging.enable_progress_bar()

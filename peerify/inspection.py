@@ -1,4 +1,4 @@
-"""What a conversion would do, from the config alone, and what one has done. Reads no weights."""
+"""What a conversion would do, from config and headers alone, and what one has done. Reads no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peerify.config import PeerConfig
 from peerify.errors import CheckpointError, ConversionError, UsageError
 from peerify.feedforward import Site, survey
 from peerify.plan import plan_layer
-from peerify.reading import read_object
+from peerify.reading import printable, read_object
 from peerify.source import why_no_weights
 
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,8 @@ def inspect_model(
         weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
         finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
         has, by path, models inside the model ("": the model itself) of which not all could be run from the config
-        alone, with the reason. weights is None, or the reason why convert could not read them.
+        alone, with the reason. weights is None, or the reason why convert could not read them; config and weights
+        that do not belong together are refused.
 
     Raises:
         UsageError: `active` is not in (0, 1].
@@ -66,7 +67,7 @@ def inspect_model(
     for key in ("bytes_per_token", "flops_per_token"):
         totals[key] = {when: sum(row[key][when] for row in able) for when in _COSTS}
     return {
-        "model": source,
+        "model": printable(source),
         "model_type": model.config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "active": active,

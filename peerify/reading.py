@@ -30,17 +30,18 @@ def shown(value: Any) -> str:
 def reason(error: BaseException) -> str:
     """What a library says of a fault: its first line, or the kind of fault where it says nothing of use.
 
-    A message such as ``'metadata'`` (a KeyError's) or one that ends in a colon is no reason by itself, so the
-    kind of error stands before it.
+    A line that ends in a colon goes on in the next. Where there is none, or the message is a mere ``'metadata'`` (a
+    KeyError's), it is no reason by itself, so the kind of error stands before it.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = line if len(line) <= 300 else f"{line[:297]}..."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    joined = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    line = printable(joined.rstrip("."))
     if not line:
         return type(error).__name__
     if isinstance(error, KeyError) and " " not in line:
         return f"it has no {line}"
-    return f"{type(error).__name__}: {line.rstrip(': ')}" if line.endswith(":") else line.rstrip(".")
+    return f"{type(error).__name__}: {line.rstrip(': ')}" if line.endswith(":") else line
 
 
 def local_path(text: str | Path, fault: type[PeerifyError]) -> Path:

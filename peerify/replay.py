@@ -29,6 +29,7 @@ _UNTAGGED_POINTWISE = {"hardswish", "hardswish_", "prelu", "_prelu_kernel"}
 _CLAMPING = {"clamp", "clamp_min", "clamp_max", "hardtanh", "add", "sub", "rsub", "minimum", "maximum"}
 _SCALING = {"mul", "div"}
 _FEWEST_POINTS = 256
+_MOST_FEATURES = 2**20  # a config may ask for any width; no model is a tenth as wide
 
 # In the order of preference among functions that are equal (gelu_new is gelu_pytorch_tanh, swish is silu).
 _PREFERRED = ("linear", "relu", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu2", "tanh", "sigmoid")
@@ -188,6 +189,8 @@ def _parts(chain: Chain) -> list[Part] | None:
 
     Every value is replayed as index tensors: per leaf that it depends on, which of its numbers it came from.
     """
+    if any(leaf.shape[-1] > _MOST_FEATURES for leaf in chain.leaves):
+        return None
     streams: dict[Value, list[tuple[int, Tensor]]] = {}
     for number, leaf in enumerate(chain.leaves):
         streams[leaf] = [(number, torch.arange(leaf.shape.numel()).reshape(leaf.shape))]

@@ -16,15 +16,17 @@ from peerify.errors import CheckpointError
 from peerify.files import MODEL_FILES, matching, require_own
 from peerify.gguf import read_gguf
 from peerify.reading import local_path, printable, read_object, reason, shown
-from peerify.weights import Shapes, check_weights, no_safetensors
+from peerify.weights import Shapes, check_weights, no_safetensors, weight_files
 
-MAX_LAYERS = 512  # following the data through more takes minutes, and no model has half of them
+MAX_LAYERS = 512  # in all parts together; no model has half of them, and following the data through takes 20 ms each
+MAX_LABELS = 1_000_000  # transformers makes up a name for each
 MAX_SIZE = 2**31  # of any width or count in a config
 DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
-_LAYERS = re.compile(r"(num|n)_.*layers?|layers|num_blocks|depth|depths|(num|n)_.*blocks|block_count")
+_LAYERS = re.compile(r"(num|n)_(?!.*per_layer).*layers?|layers|num_blocks|depth|depths|(num|n)_.*blocks|block_count")
 _SIZES = re.compile(
-    r".*(size|dim|width|heads?|experts?|channels?|embd|inner|ff|positions?|length|count|rank)|(num|n|d)_.*"
+    r".*(size|dim|width|heads?|experts?|channels?|embd|inner|ff|positions?|embeddings|length|count|rank)|(num|n|d)_.*"
 )
+_POSITIVE = re.compile(r"hidden_size|d_model|n_embd|embedding_length|num_attention_heads|n_head")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Source:
 def open_source(source: str | Path, *, revision: str | None = None, weights: bool = True, code: bool = False) -> Source:
     """Find the files of `source` (Hub id, directory or .gguf file; a Hub id is downloaded) and check them.
 
-    `weights=False` leaves the weights out: none is downloaded or checked. `code=True` downloads .py files.
+    `weights=False` downloads no weights, and takes none, incomplete or damaged ones for no fault of what is asked for.
+    `code=True` downloads .py files.
     Raises CheckpointError, naming the file, for whatever is missing, truncated, not safetensors/GGUF or no file of the
     folder.
     """
@@ -67,10 +70,13 @@ def open_source(source: str | Path, *, revision: str | None = None, weights: boo
             raise CheckpointError(f"{label}: no such file")
         header = read_gguf(path)
         check_sizes(label, {key.rpartition(".")[2]: value for key, value in header.values.items()})
-        return Source(path.name, None, path.parent, gguf=path.name, elements=header.elements)
+        return Source(printable(path.name), None, path.parent, gguf=path.name, elements=header.elements)
     if exists and not is_folder:
         raise CheckpointError(f"{label} is neither a model directory nor a .gguf file")
-    if not exists and (isinstance(source, Path) or text.startswith(("/", "./", "../", "~"))):
+    if path.is_symlink() and not exists:
+        raise CheckpointError(f"{label} is a link that leads nowhere")
+    # What cannot be printed is no Hub id either.
+    if not exists and (isinstance(source, Path) or text.startswith(("/", "./", "../", "~")) or label != text):
         raise CheckpointError(f"{label}: no such file or directory")
     if not exists:
         from peerify.hub_files import download
@@ -84,30 +90,40 @@ def open_source(source: str | Path, *, revision: str | None = None, weights: boo
     # A link out of the folder under a name that is read would bring anybody's file into the output.
     require_own(path, names, text, CheckpointError, "put the file itself there, or remove it")
     config = _read_config(path, label)
-    tensors = check_weights(path, label) if weights else {}
+    tensors = check_weights(path, label) if weights else _weights_there(path, label)
     if weights and "adapter_config.json" in names:
         raise CheckpointError(
             f"{label} holds a PEFT adapter beside its weights (adapter_config.json); merge it, or move it away"
         )
     elements = sum(math.prod(shape) for _, shape in tensors.values())
-    return Source(path.resolve().name if exists else text, commit, path, None, config, tensors, elements)
+    return Source(printable(path.resolve().name) if exists else text, commit, path, None, config, tensors, elements)
 
 
 def why_no_weights(source: str) -> str | None:
     """Why the model `source` could not be converted for want of readable weights; None where nothing speaks against it.
 
-    Looks at names only, and at the Hub's only where it answers.
+    Of a repository on the Hub only the names are looked at, where the Hub answers.
     """
     path = local_path(source, CheckpointError)
     if path.is_dir():
-        names = [entry.name for entry in path.iterdir()]
-    elif path.exists():
+        try:
+            check_weights(path, printable(source))
+        except CheckpointError as error:
+            return str(error)
+    if path.exists():
         return None
-    else:
-        from peerify.hub_files import list_files
+    from peerify.hub_files import list_files
 
-        names = list_files(source, None)
+    names = list_files(source, None)
     return None if not names or any(name.endswith(".safetensors") for name in names) else no_safetensors(source, names)
+
+
+def _weights_there(folder: Path, label: str) -> Shapes:
+    """What `check_weights` finds; nothing where it would raise."""
+    try:
+        return check_weights(folder, label) if weight_files(folder, label) else {}
+    except CheckpointError:
+        return {}
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:
@@ -122,16 +138,18 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
         if any(name.lower().endswith(".gguf") for name in names):
             raise CheckpointError(no_safetensors(label, names))
         raise CheckpointError(f"{label} has no config.json, so it is not a transformers model directory")
-    config = read_object(path, CheckpointError, limit=10_000_000)
+    config, file = read_object(path, CheckpointError, limit=10_000_000), printable(path)
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if not model_type:
-        raise CheckpointError(f"{path} has no model_type, so transformers cannot tell its architecture")
+        raise CheckpointError(f"{file} has no model_type, so transformers cannot tell its architecture")
     if not isinstance(model_type, str):
-        raise CheckpointError(f"{path}: model_type is a name such as llama, not {shown(model_type)}")
+        raise CheckpointError(f"{file}: model_type is a name such as llama, not {shown(model_type)}")
+    if not isinstance(config.get("auto_map") or {}, dict):
+        raise CheckpointError(f"{file}: auto_map names a class for each Auto class, and is {shown(config['auto_map'])}")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
-        raise CheckpointError(f"{path}: architectures is a list of class names, not {shown(architectures)}")
+        raise CheckpointError(f"{file}: architectures is a list of class names, not {shown(architectures)}")
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
@@ -140,26 +158,35 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
         )
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and not isinstance(dtype, dict) and str(dtype).removeprefix("torch.") not in DTYPES:
-        raise CheckpointError(f"{path}: dtype {shown(dtype)} is not one of {', '.join(DTYPES)}; is the file damaged?")
-    check_sizes(str(path), config)
+        raise CheckpointError(f"{file}: dtype {shown(dtype)} is not one of {', '.join(DTYPES)}; is the file damaged?")
+    check_sizes(file, config)
     return config
 
 
 def check_sizes(label: str, config: dict[str, Any]) -> None:
     """Refuse sizes that no model has, before anything is built with them. Raises CheckpointError."""
-    for key, value in _numbers(config):
-        most = MAX_LAYERS if _LAYERS.fullmatch(key) else MAX_SIZE if _SIZES.fullmatch(key) else None
+    layers = 0.0
+    for key, value in leaves(config):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if _POSITIVE.fullmatch(key) and value < 1:
+            raise CheckpointError(f"{label}: {shown(key)} is {shown(value)}, and must be at least 1")
+        most = MAX_LABELS if key == "num_labels" else MAX_SIZE if _SIZES.fullmatch(key) else None
+        if _LAYERS.fullmatch(key):
+            most, layers = MAX_LAYERS, layers + max(value, 0)
         if most is not None and not abs(value) <= most:
             raise CheckpointError(f"{label}: {shown(key)} is {shown(value)}, more than {most:,}; is the file damaged?")
+    if layers > MAX_LAYERS:
+        raise CheckpointError(f"{label} has {layers:,.0f} layers in all, more than {MAX_LAYERS}; is the file damaged?")
 
 
-def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers below `tree`, with the key that they stand under."""
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values below `tree` that are no objects or lists, with the key that they stand under."""
     if isinstance(tree, dict):
         for name, value in tree.items():
-            yield from _numbers(value, name)
+            yield from leaves(value, name)
     elif isinstance(tree, list):
         for value in tree:
-            yield from _numbers(value, key)
-    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+            yield from leaves(value, key)
+    else:
         yield key, tree

@@ -51,7 +51,7 @@ def check_weights(folder: Path, label: str) -> Shapes:
         for tensor, name in _weight_map(folder / INDEX, label).items():
             if tensor not in tensors[name]:
                 raise CheckpointError(
-                    f"{folder / name} lacks the tensor {printable(tensor)} that {INDEX} places in it; "
+                    f"{printable(folder / name)} lacks the tensor {printable(tensor)} that {INDEX} places in it; "
                     "download the model again"
                 )
     return {key: value for of_file in tensors.values() for key, value in of_file.items()}
@@ -74,17 +74,19 @@ def no_safetensors(label: str, names: Iterable[str]) -> str:
 
 
 def _weight_map(index: Path, label: str) -> dict[str, str]:
-    content = read_object(index, CheckpointError)
+    content, file = read_object(index, CheckpointError), printable(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
+        raise CheckpointError(f"{file} has no weight_map; download it again")
     if not isinstance(content.get("metadata"), dict):  # without it transformers reads no shard
-        raise CheckpointError(f'{index} has no metadata; add "metadata": {{}} to it, or download it again')
+        raise CheckpointError(f'{file} has no metadata; add "metadata": {{}} to it, or download it again')
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name == ".." or "\0" in name:
-            raise CheckpointError(f"{index} names a shard outside its own folder ({shown(name)})")
-        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file} names a shard outside its own folder ({shown(name)})")
+        if name.endswith(PICKLES):
             raise CheckpointError(no_safetensors(label, [name]))
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file} names a shard that is no .safetensors file ({shown(name)})")
     return weight_map
 
 

@@ -17,6 +17,8 @@ from transformers import LlamaForCausalLM
 from peerify import checkpoint
 from peerify.checkpoint import load_dense, load_skeleton
 from peerify.errors import CheckpointError, UsageError
+from peerify.inspection import inspect_model
+from peerify.reading import printable
 
 
 def edit_header(path: Path, change: Callable[[dict], object]) -> None:
@@ -79,14 +81,25 @@ def test_unknown_architecture(dense: Path) -> None:
         ({"architectures": [5]}, r"architectures is a list of class names, not \[5\]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is a list of class names"),
         ({"architectures": ["Foo"]}, "names the architecture 'Foo', .*; write LlamaForCausalLM there"),
+        (
+            {"architectures": ["PreTrainedModel"]},
+            "names the architecture 'PreTrainedModel', .*; write LlamaForCausalLM",
+        ),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM goes with model_type bert, not llama"),
+        ({"auto_map": 5}, "auto_map names a class for each Auto class, and is 5"),
+        ({"hidden_act": "foo"}, "'hidden_act' is 'foo', which transformers .* does not know"),
+        ({"intermediate_size": "24"}, r"Field 'intermediate_size' expected int, got str \(value: '24'\)"),
         ({"architectures": ["A" * 10_000]}, r"AAA\.\.\.AAA"),
-        ({"hidden_size": 0}, "dense"),
+        ({"hidden_size": 0}, "'hidden_size' is 0, and must be at least 1"),
+        ({"num_labels": 10**9}, "'num_labels' is 1000000000, more than 1,000,000"),
         ({"dtype": 5}, "dtype 5 is not one of"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
         ({"intermediate_size": 1e12}, r"'intermediate_size' is 1000000000000\.0, more than"),
         ({"intermediate_size": 10**300}, "'intermediate_size' is 1000"),
         ({"num_hidden_layers": 10_000_000}, "'num_hidden_layers' is 10000000, more than 512"),
         ({"vision_config": {"depth": 1e9}}, "'depth' is 1000000000.0, more than 512"),
+        ({"vision_config": {"depths": [300, 300]}}, "has 602 layers in all, more than 512"),
+        ({"num_hidden_layers": 500}, r"asks for [\d,]+ parameters, and the file holds [\d,]+ numbers"),
         ({"intermediate_size": 48}, r"weight has the shape (24×16|16×24) in the file, and .* asks for (48×16|16×48)"),
         (
             {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 10**6},
@@ -99,6 +112,62 @@ def test_configs_that_no_model_has(dense: Path, changes: dict[str, object], mess
     said = refusal(dense)
     assert re.search(message, said), said
     assert len(said) < 500
+    with pytest.raises(CheckpointError) as error:
+        inspect_model(str(dense))
+    assert str(error.value) == said, "inspect says what convert would"
+
+
+def test_widths_that_no_weights_speak_against(dense: Path) -> None:
+    """Without weights in the folder nothing shows that a config is absurd; it must not take memory all the same."""
+    for path in shards(dense):
+        path.unlink()
+    edit_json(dense / "config.json", intermediate_size=2**31, num_hidden_layers=2)
+    assert inspect_model(str(dense))["totals"]["convertible"] == 0
+    edit_json(dense / "config.json", intermediate_size=0)
+    layer = inspect_model(str(dense))["feedforwards"]
+    assert not any(row["convertible"] for row in layer)
+
+
+def test_inspect_says_which_weights_convert_will_refuse(dense: Path) -> None:
+    assert inspect_model(str(dense))["weights"] is None
+    path = shards(dense)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert inspect_model(str(dense))["weights"] == refusal(dense)
+    assert "is truncated" in refusal(dense)
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"[]", b"{", b"\xff"])
+def test_the_file_beside_the_weights_that_is_damaged_is_named(dense: Path, data: bytes) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        before = (dense / name).read_bytes()
+        (dense / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"/{name} .*; download it again") as error:
+            _ = load_dense(dense).tokenizer
+        one_sentence(error)
+        (dense / name).write_bytes(before)
+    (dense / "generation_config.json").write_bytes(data)
+    if data[:1] == b"[":  # transformers passes over what is no JSON at all
+        assert "/generation_config.json " in refusal(dense)
+
+
+def test_names_that_a_terminal_cannot_show(dense: Path) -> None:
+    for name in ("a\nb", "\x1b[31mred", "\udcff", "a\nb/c"):
+        assert refusal(name).endswith(": no such file or directory")
+    for name in ("a\nb", "\udcff"):
+        dense = dense.rename(dense.parent / name)
+        if name == "\udcff":  # safetensors opens no such file
+            assert "not valid UTF-8" in refusal(dense)
+        else:
+            assert load_dense(dense).source == printable(name)
+        json.dumps(inspect_model(str(dense)), ensure_ascii=False).encode()
+        (dense / "config.json").rename(dense / "x")
+        assert "has no config.json" in refusal(dense)
+        (dense / "x").rename(dense / "config.json")
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("model")
+    assert "model is a link that leads nowhere" in refusal(str(tmp_path / "model"))
 
 
 def test_deeply_nested_json(dense: Path) -> None:
@@ -191,11 +260,13 @@ def test_shard_without_its_tensor(dense: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "weight_map", [{}, {"a": "../b.safetensors"}, {"a": ".."}, {"a": "/b.safetensors"}, {"a": "a\0b"}, {"a": 3}, None]
+    "weight_map",
+    [{}, {"a": "../b.safetensors"}, {"a": ".."}, {"a": "/b.safetensors"}, {"a": "a\0b"}, {"a": ""}, {"a": 3}, [], None],
 )
 def test_bad_index(dense: Path, weight_map: object) -> None:
     edit_json(dense / "model.safetensors.index.json", weight_map=weight_map)
     assert "index.json" in refusal(dense)
+    assert "is there" not in refusal(dense)
 
 
 def test_an_index_that_names_what_is_no_shard(dense: Path) -> None:
@@ -293,7 +364,7 @@ def test_wrong_options(dense: Path) -> None:
     for device in ("warp", "cuda:99", "meta", "mps", "x" * 999):
         with pytest.raises(UsageError, match=rf"device '{device[:9]}.*this machine has cpu") as error:
             load_dense(dense, device=device)
-        one_sentence(error)
+        assert len(one_sentence(error)) < 250
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -144,6 +144,25 @@ def test_numbers_in_a_header_are_held_against_the_file(tmp_path: Path, change: s
     assert len(said) < 400
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("feed_forward_length", 25, "down_proj.weight has the shape 16×24 in the file, and its header asks for 16×25"),
+        ("feed_forward_length", 2**31, "its header asks for 206,158,"),
+        ("block_count", 500, "its header asks for"),
+        ("embedding_length", 0, "'embedding_length' is 0, and must be at least 1"),
+        ("embedding_length", 2**31, "cannot be built from its config"),
+    ],
+)
+def test_a_header_that_asks_for_other_weights(tmp_path: Path, key: str, value: int, message: str) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tiny_llama())
+    raw = path.read_bytes()
+    at = raw.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+    path.write_bytes(raw[:at] + struct.pack("<I", value) + raw[at + 4 :])
+    assert message in refusal(path)
+
+
 def test_a_pipe_is_no_gguf_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.gguf")
     assert "m.gguf is not a regular file" in refusal(tmp_path / "m.gguf")
