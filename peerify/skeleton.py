@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -125,8 +124,8 @@ def build(found: Source, config: PretrainedConfig, cls: Any, trust_remote_code: 
 
 
 def is_native(cls: Any) -> bool:
-    """Whether `cls` is a model's own class: neither an Auto class nor a base of models, which computes nothing."""
-    return isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.forward is not nn.Module.forward
+    """Whether `cls` is a model's own class: neither an Auto class nor a base of models, which holds no weights."""
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel) and not cls.__name__.endswith("PreTrainedModel")
 
 
 def refuse_misfit(found: Source, name: str, held: tuple[int, ...], wanted: tuple[int, ...]) -> None:
