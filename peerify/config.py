@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from peerify.reading import shown
 
+_WHOLE = re.compile(r"\s*[+-]?[0-9](?:_?[0-9]){0,999}\s*")  # in quotes, which pydantic takes for a number
 RULES = ConfigDict(
     extra="forbid",
     frozen=True,
@@ -32,7 +34,8 @@ class Section(BaseModel):
             for part in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
                     raise ValueError(f"{name} is a number, not {str(part).lower()}")
-                if isinstance(part, int) and abs(part) >= 2**63 and kinds & {int, float}:
+                number = int(part) if isinstance(part, str) and _WHOLE.fullmatch(part) else part
+                if isinstance(number, int) and abs(number) >= 2**63 and kinds & {int, float}:
                     raise ValueError(f"{name} is {shown(part)}, which is too large")
         return data
 

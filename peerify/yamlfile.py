@@ -13,13 +13,30 @@ import yaml
 from peerify.errors import PeerifyError, UsageError
 from peerify.reading import local_path, printable, read_text, reason, shown
 
-MAX_BYTES = 1_000_000  # of a recipe
+MAX_BYTES = 1_000_000  # of a recipe or the head of a card; PyYAML takes seconds for as much
 MAX_VALUES = 10_000  # in a document, aliases written out; a few lines of aliases can stand for billions
 MAX_DEPTH = 50
+MAX_DIGITS = 300  # Python writes no number of more than 4,300 in decimal
+# No sets, pairs or bytes: neither a recipe nor a card has a use for them.
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
+_NUMBER = re.compile(r"[0-9]{1,9}")  # of an element in a list
+_TOO_MANY = f"it stands for more than {MAX_VALUES:,} values"
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice, where PyYAML would silently keep the last, and what has no end."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._values += index is not None or parent is None  # keys have no index
+        if self._values > MAX_VALUES:  # before the rest is read, which takes seconds
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(problem=_TOO_MANY, problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -40,6 +57,10 @@ def _check(node: Any, counted: dict[int, int], above: list[int]) -> int:
         raise wrong(f"it is nested more than {MAX_DEPTH} deep")
     if id(node) in counted:
         return counted[id(node)]
+    if node.tag not in _TAGS:
+        raise wrong(f"the tag {shown(node.tag)} is not read here")
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+        raise wrong(f"the number has more than {MAX_DIGITS} digits")
     inside = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         inside = [value for _, value in node.value]
@@ -47,12 +68,14 @@ def _check(node: Any, counted: dict[int, int], above: list[int]) -> int:
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise wrong("a list or mapping cannot be a key", key)
+            if key.tag != _MERGE:
+                key.tag = "tag:yaml.org,2002:str"  # a key is a name, also where it is `no` or 1
             if key.value in seen:
                 raise wrong(f"{printable(key.value)} is written twice", key)
             seen.add(key.value)
     total = counted[id(node)] = 1 + sum(_check(part, counted, [*above, id(node)]) for part in inside)
     if total > MAX_VALUES:
-        raise wrong(f"it stands for more than {MAX_VALUES:,} values")
+        raise wrong(_TOO_MANY)
     return total
 
 
@@ -66,6 +89,8 @@ def parse_yaml(text: str, where: str, fault: type[PeerifyError], *, first_line: 
     Raises:
         fault: it is not YAML, a key is written twice, it refers to itself, or its aliases stand for too many values.
     """
+    if len(text) > MAX_BYTES:
+        raise fault(f"{where}: it has more than {MAX_BYTES:,} characters, which no such text needs")
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
@@ -75,6 +100,8 @@ def parse_yaml(text: str, where: str, fault: type[PeerifyError], *, first_line: 
         line = f", line {mark.line + first_line}" if mark else ""
         problem = getattr(error, "problem", None) or reason(error)
         raise fault(f"{where}{line}: not valid YAML: {printable(str(problem))}") from None
+    except (LookupError, AttributeError, TypeError):  # of PyYAML's constructors, as for !!bool x
+        raise fault(f"{where}: not valid YAML: a value is not of the kind that its tag (!!) says") from None
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -87,20 +114,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     content = parse_yaml(text, printable(path), UsageError)
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in _keys(content)):
+    if not isinstance(content, dict):
         raise UsageError(f"{printable(path)}: a recipe is a mapping of names to values, such as 'model: NAME'")
     return content
-
-
-def _keys(tree: Any) -> Iterable[Any]:
-    """All keys of the mappings in `tree`."""
-    if isinstance(tree, dict):
-        yield from tree
-        for value in tree.values():
-            yield from _keys(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _keys(value)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -141,7 +157,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(child, dict | list):
                 child = node[at] = child.copy()  # what came in stays as it was
             else:  # a number below it is the place in a list, whose one element may be a default
-                child = node[at] = [{}] if below.isdigit() else {}
+                child = node[at] = [{}] if _NUMBER.fullmatch(below) else {}
             node = child
         node[_place(node, names[-1])] = value
     return tree
@@ -151,6 +167,8 @@ def _place(node: dict[str, Any] | list[Any], name: str) -> Any:
     """`stages.0.lr` reaches into a list that is there already; UsageError where the list is shorter."""
     if not isinstance(node, list):
         return name
-    if not name.isdigit() or int(name) >= len(node):
-        raise UsageError(f"--set: there is no element {name} in a list of {len(node)}; they are counted from 0")
+    if not _NUMBER.fullmatch(name) or int(name) >= len(node):
+        raise UsageError(
+            f"--set: there is no element {printable(name)} in a list of {len(node)}; they are counted from 0"
+        )
     return int(name)

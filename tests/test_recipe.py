@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -192,8 +191,17 @@ def test_the_preset_expands_to_options_that_say_the_same() -> None:
         ("convert: {topk: no}", NAMES, r"r\.yaml: topk is a number, not false"),
         ("convert: {grid: [4, yes]}", NAMES, r"r\.yaml: grid is a number, not true"),
         ("train: {tokens: true}", NAMES, r"r\.yaml: .*tokens is a number, not true"),
-        (f"calibration: {{tokens: 1{'0' * 400}}}", NAMES, r"r\.yaml: .*tokens is 1000.*000, which is too large"),
-        (f"calibration: {{tokens: 1{'0' * 5000}}}", NAMES, r"r\.yaml: not valid YAML: Exceeds the limit"),
+        (f"calibration: {{tokens: 1{'0' * 200}}}", NAMES, r"r\.yaml: .*tokens is 1000.*000, which is too large"),
+        (f"calibration: {{tokens: '1{'0' * 200}'}}", NAMES, r"r\.yaml: .*tokens is '1000.*000', which is too large"),
+        ("convert: {grid: [4, '99_999_999_999_999_999_999']}", NAMES, r"grid is '99_9.*', which is too large"),
+        (f"calibration: {{tokens: 1{'0' * 400}}}", NAMES, r"r\.yaml, line 1: .*: the number has more than 300 digits"),
+        (f"model: 0x{'f' * 5000}", [], r"r\.yaml, line 1: not valid YAML: the number has more than 300 digits"),
+        ('a: !!int ""', [], r"r\.yaml: not valid YAML: a value is not of the kind that its tag \(!!\) says"),
+        ("", ["model=!!bool x"], r"--set model: not valid YAML: a value is not of the kind that its tag"),
+        ("a: !!timestamp x", [], r"r\.yaml: not valid YAML: a value is not of the kind that its tag"),
+        ("a: !!set {x, y}", [], r"r\.yaml, line 1: not valid YAML: the tag 'tag:yaml\.org,2002:set' is not read here"),
+        ("train: {stages: {²: {share: 1}}}", NAMES, r"r\.yaml: unknown key train\.stages\.0\.²"),
+        ("", [*NAMES, f"train.stages.{'9' * 5000}.share=1"], r"r\.yaml: .*train\.stages.*99\.\.\.;"),
         ("convert: {num_experts: 1.0e+12}", NAMES, r"num_experts: .*less than or equal to 2147483648"),
         ("hub: {repo: a/b, tag: 'v 1'}", NAMES, r"hub\.tag: git takes no name such as 'v 1'"),
         ("hub: {repo: a/b, revision: a..b}", NAMES, r"hub\.revision: git takes no name such as 'a\.\.b'"),
@@ -202,7 +210,8 @@ def test_the_preset_expands_to_options_that_say_the_same() -> None:
         ("model: " + "[" * 60 + "]" * 60, [], r"r\.yaml, line 1: not valid YAML: it is nested more than 50 deep"),
         ("model: " + "[" * 5000, [], r"r\.yaml"),
         ("? [a, b]\n: c", [], r"r\.yaml, line 1: not valid YAML: a list or mapping cannot be a key"),
-        ("1: c", [], r"r\.yaml: a recipe is a mapping of names to values"),
+        ("1: c", NAMES, r"r\.yaml: unknown key 1"),
+        ("no: c", NAMES, r"r\.yaml: unknown key no"),
         ("convert: {layers: 2020-13-45}", NAMES, r"r\.yaml: not valid YAML: month must be in 1\.\.12"),
     ],
 )
@@ -221,50 +230,6 @@ def test_messages_name_the_flag() -> None:
         Recipe.load(None, NAMES, {"convert.topk": ("--topk", 0)})
     with pytest.raises(UsageError, match=r"^--candidates: candidates needs topk"):
         Recipe.load(None, NAMES, {"convert.candidates": ("--candidates", 4), "convert.active": ("--active", 0.5)})
-
-
-def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the recipe .*no\.yaml cannot be read: No such file"):
-        Recipe.load(tmp_path / "no.yaml")
-    with pytest.raises(UsageError, match=r"the recipe .* is not a regular file; give a YAML file"):
-        Recipe.load(tmp_path)
-    (tmp_path / "latin.yaml").write_bytes("model: café".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin\.yaml is not UTF-8"):
-        Recipe.load(tmp_path / "latin.yaml")
-
-
-def test_a_recipe_that_stands_for_billions_is_refused_at_once(tmp_path: Path) -> None:
-    """Nine lines of aliases took 38 seconds and 10 GB, because the message showed the value."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
-    bomb = write(tmp_path / "r.yaml", "\n".join(lines))
-    with pytest.raises(UsageError, match=r"r\.yaml, line 4: not valid YAML: it stands for more than 10,000 values"):
-        Recipe.load(bomb)
-    with pytest.raises(UsageError, match=r"--set model, line 1: .*more than 10,000 values"):
-        Recipe.load(None, ["model={" + ", ".join(lines) + "}"])
-    large = write(tmp_path / "large.yaml", "# " + "x" * 1_000_000)
-    with pytest.raises(UsageError, match=r"large\.yaml has 1,000,002 bytes, more than 1,000,000"):
-        Recipe.load(large)
-    os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(UsageError, match=r"pipe\.yaml is not a regular file"):
-        Recipe.load(tmp_path / "pipe.yaml")
-    with pytest.raises(UsageError) as caught:
-        Recipe.load(write(tmp_path / "long.yaml", "model: [" + "x" * 100_000 + "]"))
-    assert len(str(caught.value)) < 300
-
-
-def test_merge_keys_of_yaml(tmp_path: Path) -> None:
-    text = (
-        "model: a\noutput: b\ntrain:\n  data: {sources: a.txt}\n  stages:\n"
-        "  - &first {optimizer: &o {lr: 1e-4}, warmup: 0.5}\n"
-        "  - {<<: *first, warmup: 0.25, optimizer: {<<: *o, router_scale: 0}}\n"
-    )
-    train = Recipe.load(write(tmp_path / "r.yaml", text)).train
-    assert train is not None
-    assert [(stage.warmup, stage.optimizer.lr) for stage in train.stages] == [(0.5, 1e-4), (0.25, 1e-4)]
-    assert train.stages[1].optimizer.router_scale == 0
-    with pytest.raises(UsageError, match="warmup is written twice"):
-        Recipe.load(write(tmp_path / "r.yaml", text.replace("warmup: 0.25", "warmup: 0.25, warmup: 1")))
 
 
 def test_the_only_stage_need_not_be_written_down_to_be_changed(tmp_path: Path) -> None:
@@ -290,14 +255,6 @@ def test_names_that_git_takes(name: str) -> None:
 )
 def test_names_that_git_does_not_take(name: str) -> None:
     assert ref_fault(name)
-
-
-def test_yaml_cannot_make_python_objects(tmp_path: Path) -> None:
-    marker = tmp_path / "made"
-    evil = write(tmp_path / "r.yaml", f"model: !!python/object/apply:os.mkdir ['{marker}']\noutput: b\n")
-    with pytest.raises(UsageError, match="not valid YAML"):
-        Recipe.load(evil)
-    assert not marker.exists()
 
 
 def test_every_key_is_documented() -> None:
