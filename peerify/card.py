@@ -12,7 +12,7 @@ from peerify import frontmatter
 from peerify.errors import PublishError
 from peerify.files import CARD
 from peerify.output import write_text
-from peerify.reading import local_path, read_object, read_text, shown
+from peerify.reading import local_path, read_object, shown
 from peerify.record import read_record, write_record
 
 PLACEHOLDER = "PATH_OR_ID"
@@ -56,7 +56,7 @@ def fresh_card(folder: Path, name: str = PLACEHOLDER) -> frontmatter.Card:
     path = folder / CARD
     old = frontmatter.Card()
     if path.exists():
-        old = frontmatter.parse(read_text(path, PublishError, "write it anew, or remove it"), str(path))
+        old = frontmatter.parse(frontmatter.card_text(path, "write it anew, or remove it"), str(path))
     source = record["source"]
     values = metadata(record, config)
     edited = {key: old.metadata.get(key) for key in ("base_model", "license", "license_name") if old.edited(key)}
@@ -76,7 +76,7 @@ def edited_card(folder: Path) -> str | None:
     path = folder / CARD
     if not path.exists():
         return None
-    text = read_text(path, PublishError, "write it anew, or remove it")
+    text = frontmatter.card_text(path, "write it anew, or remove it")
     card = frontmatter.parse(text, str(path))
     return text if any(card.edited(key) for key in {**card.values(), **card.generated}) else None
 
@@ -110,14 +110,19 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
         raise PublishError(f"{where}: peer.layers is not what peerify writes; convert again")
     for path, layer in layers.items():
-        for key in ("num_experts", "num_shared", "num_heads", "topk"):
-            if type(layer.get(key)) is not int:
-                raise PublishError(f"{where}: {key} of {shown(path)} is no whole number; convert again")
-        if type(layer.get("candidates") or 0) is not int:
-            raise PublishError(f"{where}: candidates of {shown(path)} is no whole number; convert again")
+        rank = ["query_dim"] * bool(layer.get("share_query"))
+        for key in ("num_experts", "num_shared", "num_heads", "topk", *rank):
+            if not _is_count(layer.get(key)):
+                raise PublishError(f"{where}: {key} of {shown(path)} is no count; convert again")
+        if not _is_count(layer.get("candidates") or 0):
+            raise PublishError(f"{where}: candidates of {shown(path)} is no count; convert again")
         grid = layer.get("grid")
-        if not (isinstance(grid, list) and len(grid) == 2 and all(type(size) is int for size in grid)):
+        if not (isinstance(grid, list) and len(grid) == 2 and all(map(_is_count, grid))):
             raise PublishError(f"{where}: grid of {shown(path)} is no pair of whole numbers; convert again")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def loader(config: Mapping[str, Any]) -> str:

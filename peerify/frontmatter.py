@@ -12,17 +12,20 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peerify.errors import PublishError
+from peerify.files import CARD
+from peerify.reading import read_text
 from peerify.yamlfile import parse_yaml
 
 BEGIN, END = "<!-- peerify:begin", "<!-- peerify:end -->"
 NOTE = "peerify rewrites what stands between this line and peerify:end; edits anywhere else stay"
-_BLOCK = re.compile(rf"{BEGIN} (\{{.*\}})[^\n]*-->\n(.*?){END}", re.DOTALL)
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+MAX_BYTES = 10_000_000  # of a card
 TEXT = ""  # the key of the text around the generated part, beside the YAML keys
 
 
@@ -57,7 +60,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def parse(text: str, name: str = "README.md") -> Card:
+def card_text(path: Path, remedy: str) -> str:
+    """The text of a card. Raises PublishError as `reading.read_text` does."""
+    return read_text(path, PublishError, remedy, limit=MAX_BYTES)
+
+
+def parse(text: str, name: str = CARD) -> Card:
     """Take a card apart. Raises PublishError, naming `name`, when its YAML cannot be read."""
     text = text.replace("\r\n", "\n")
     front = _FRONT.match(text)
@@ -68,11 +76,12 @@ def parse(text: str, name: str = "README.md") -> Card:
         if not isinstance(metadata, dict):
             raise PublishError(f"{name}: between the --- lines there are no `key: value` lines")
         text = text[front.end() :]
-    block = _BLOCK.search(text)
-    if block is None:
+    place = _block(text)
+    if place is None:
         return Card(metadata, before=text, front=written)
+    begin, line, end = place
     try:
-        digests = json.loads(block[1])
+        digests = json.loads(text[text.index("{", begin) : text.rindex("}", begin, line) + 1])
         generated, pushed = dict(digests["generated"]), dict(digests.get("pushed") or {})
     except (
         ValueError,
@@ -81,14 +90,32 @@ def parse(text: str, name: str = "README.md") -> Card:
         RecursionError,
     ):  # someone edited the comment itself: everything counts as edited
         generated, pushed = {}, {}
-    return Card(metadata, text[: block.start()], block[2], text[block.end() :], generated, pushed, written)
+    before, block, after = text[:begin], text[line + 1 : end], text[end + len(END) :]
+    return Card(metadata, before, block, after, generated, pushed, written)
+
+
+def _block(text: str) -> tuple[int, int, int] | None:
+    """Where the generated part of a card begins, the first line of it ends, and its last line begins.
+
+    One pass, whatever stands there: a pattern takes minutes for what a stranger may write.
+    """
+    begin = text.find(f"{BEGIN} {{")
+    while begin >= 0:
+        line = text.find("\n", begin)
+        if line < 0:
+            return None
+        if text.endswith("-->", begin, line) and "}" in text[begin:line]:
+            end = text.find(END, line)
+            return (begin, line, end) if end >= 0 else None
+        begin = text.find(f"{BEGIN} {{", line)
+    return None
 
 
 def render(card: Card) -> str:
     """The card as text."""
     digests = {"generated": card.generated, **({"pushed": card.pushed} if card.pushed else {})}
     front = yaml.safe_dump(card.metadata, sort_keys=False, allow_unicode=True, width=10_000).strip()
-    if card.front is not None and yaml.safe_load(card.front) == card.metadata:
+    if card.front is not None and (parse_yaml(card.front, CARD, PublishError) or {}) == card.metadata:
         front = card.front.strip()
     parts = [
         f"---\n{front}\n---",

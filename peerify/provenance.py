@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peerify import frontmatter
 from peerify.card import CARRIED_OVER
-from peerify.errors import PeerifyError, PublishError
+from peerify.errors import PeerifyError
 from peerify.gguf import read_gguf
-from peerify.reading import read_text
 from peerify.record import Origin
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def provenance(dense: DenseModel) -> Origin:
 
 def _from_card(path: Path | None) -> dict[str, Any]:
     try:
-        metadata = frontmatter.parse(read_text(path, PublishError, "")).metadata if path else {}
+        metadata = frontmatter.parse(frontmatter.card_text(path, "")).metadata if path else {}
     except PeerifyError:  # no card, or one that nobody could read: nothing is known
         metadata = {}
     return {key: value for key in CARRIED_OVER if _is_text(value := metadata.get(key))}

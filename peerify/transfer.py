@@ -17,7 +17,6 @@ from peerify.card import fresh_card
 from peerify.errors import PublishError
 from peerify.files import CARD, WEIGHTS
 from peerify.hub_calls import Patience, hub_errors, status_of
-from peerify.reading import read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -207,7 +206,7 @@ class _Transfer:
         if exists:
             with tempfile.TemporaryDirectory() as folder:
                 path = self.api.hf_hub_download(self.repo, CARD, revision=head, local_dir=folder)
-                text = read_text(Path(path), PublishError, "mend it on the Hub")
+                text = frontmatter.card_text(Path(path), "mend it on the Hub")
             where = f"{self.repo} on the Hub"
             card = frontmatter.merge(card, frontmatter.parse(text, f"{where}, {CARD}"), where)
         else:

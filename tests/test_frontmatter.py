@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peerify.checkpoint import DenseModel, load_dense
 from peerify.errors import PublishError
-from peerify.frontmatter import Card, merge, parse, regenerate, render
+from peerify.frontmatter import BEGIN, Card, merge, parse, regenerate, render
 from peerify.provenance import provenance
 
 few = settings(max_examples=40, deadline=None)
@@ -154,3 +154,37 @@ def test_provenance_of_a_gguf_file(tmp_path: Path) -> None:
         "base_model": "ada/model",
     }
     assert json.dumps(provenance(dense))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [f"{BEGIN} {{", f"{BEGIN} {{}} -->\n", f"{BEGIN} {{}}\n"],
+)
+def test_a_card_of_many_beginnings_is_taken_apart_at_once(pattern: str) -> None:
+    """A regular expression took minutes for 10 kB."""
+    text = f"{BEGIN} {{" + pattern * 20_000
+    card = parse(text)
+    assert (card.before, card.block) == (text, "")
+
+
+def test_keys_are_names_whatever_yaml_makes_of_them() -> None:
+    card = parse("---\n1: a\nno: b\nx: {2020-01-01: a, yes: b, 1: c}  # mine\n---\nText\n")
+    assert card.metadata == {"1": "a", "no": "b", "x": {"2020-01-01": "a", "yes": "b", "1": "c"}}
+    pushed = merge(card, Card(), "")
+    assert "# mine" in render(pushed)
+    assert parse(render(pushed)).digests() == card.digests()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!binary aGk=", "the tag .*binary' is not read here"),
+        ("0x" + "f" * 5000, "the number has more than 300 digits"),
+        ("!!float ''", "a value is not of the kind that its tag"),
+        ("x" * 1_000_001, "it has more than 1,000,000 characters"),
+        ("&a [*a]", "it refers to itself"),
+    ],
+)
+def test_yaml_that_no_card_needs(value: str, message: str) -> None:
+    with pytest.raises(PublishError, match=rf"^README\.md, between the --- lines.*{message}"):
+        parse(f"---\nx: {value}\n---\nText\n")
