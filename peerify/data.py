@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from peerify.errors import DataError, UsageError
 from peerify.hub_calls import reachable
-from peerify.reading import local_path, reason, shown
+from peerify.reading import local_path, printable, reason, shown
 
 Progress = Callable[[str, int, int], None]
 
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
-MAX_LINE = 100_000_000  # bytes of a line of JSON
+MAX_DOCUMENT = 10_000_000  # characters of a line of JSON or a cell of parquet; War and Peace has 3 million
+MAX_EXPANSION = 200  # bytes of a parquet column for one in the file; zeros can be packed 30,000 to one
 MAX_CHARACTERS_PER_TOKEN = 24  # far above any tokenizer's average on prose, code or CJK text
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def read_text(spec: str, max_characters: int | None = None) -> str:
@@ -51,7 +55,7 @@ def read_text(spec: str, max_characters: int | None = None) -> str:
             break
     text = "".join(pieces)[:max_characters]
     if not text.strip():
-        raise DataError(f"{spec} holds no text: give a file or dataset with some prose in it")
+        raise DataError(f"{printable(spec)} holds no text: give a file or dataset with some prose in it")
     return text
 
 
@@ -118,13 +122,15 @@ def load_windows(
     for done, (spec, share) in enumerate(zip(specs, shares, strict=True)):
         if progress is not None:
             progress("Tokenising the text", done, len(specs))
-        text = read_text(spec, share * MAX_CHARACTERS_PER_TOKEN if share is not None else None)
+        text = read_text(spec, min(share * MAX_CHARACTERS_PER_TOKEN, sys.maxsize) if share is not None else None)
         try:
             part = tokenize(text, tokenizer, context, share)
         except DataError as error:
-            raise DataError(f"{spec}: {error}") from None
+            raise DataError(f"{printable(spec)}: {error}") from None
         if share is not None and part.numel() < share:
-            logger.warning("%s has only %d of the %d tokens asked for; going on with those", spec, part.numel(), share)
+            logger.warning(
+                "%s has only %d of the %d tokens asked for; going on with those", printable(spec), part.numel(), share
+            )
         parts.append(part)
     if progress is not None:
         progress("Tokenising the text", len(specs), len(specs))
@@ -168,17 +174,19 @@ def check_source(spec: str) -> Path | None:
     """
     path = local_path(spec, DataError)
     if path.is_dir():
-        raise DataError(f"{spec} is a folder: name one .txt, .jsonl or .parquet file in it")
+        raise DataError(f"{printable(spec)} is a folder: name one .txt, .jsonl or .parquet file in it")
     if is_hub_dataset(spec):
         if not HUB_DATASET.fullmatch(spec):
-            raise DataError(f"no such text file, and not the name of a Hub dataset (name or name:config): {spec}")
+            raise DataError(
+                f"no such text file, and not the name of a Hub dataset (name or name:config): {printable(spec)}"
+            )
         return None
     if not path.exists():
-        raise DataError(f"no such text file: {spec}")
+        raise DataError(f"no such text file: {printable(spec)}")
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{spec}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
+        raise DataError(f"{printable(spec)}: only {', '.join(SUFFIXES)} files are read; rename it if it is plain text")
     if not path.is_file():
-        raise DataError(f"{spec} is not a regular file: name a .txt, .jsonl or .parquet file")
+        raise DataError(f"{printable(spec)} is not a regular file: name a .txt, .jsonl or .parquet file")
     return path
 
 
@@ -192,7 +200,7 @@ def read_pieces(spec: str, max_characters: int | None = None) -> Iterator[str]:
     """
     path = check_source(spec)
     if path is None:
-        return (text_field(row, f"the Hub dataset {spec}") for row in _explain_hub(spec, hub_dataset(spec)))
+        return (text_field(row, f"the Hub dataset {printable(spec)}") for row in _explain_hub(spec, hub_dataset(spec)))
     reader = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
     return _explain(spec, reader(path) if reader else _plain_text(path, max_characters))
 
@@ -201,9 +209,9 @@ def _explain(spec: str, pieces: Iterator[str]) -> Iterator[str]:
     try:
         yield from pieces
     except UnicodeDecodeError:
-        raise DataError(f"{spec} is not UTF-8 text: convert it to UTF-8 first") from None
+        raise DataError(f"{printable(spec)} is not UTF-8 text: convert it to UTF-8 first") from None
     except OSError as error:
-        raise DataError(f"cannot read {spec}: {reason(error)}") from None
+        raise DataError(f"cannot read {printable(spec)}: {reason(error)}") from None
 
 
 def _plain_text(path: Path, max_characters: int | None) -> Iterator[str]:
@@ -213,16 +221,18 @@ def _plain_text(path: Path, max_characters: int | None) -> Iterator[str]:
 
 def _jsonl_rows(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
-            if len(line) > MAX_LINE:
-                raise DataError(f"{path}, line {number}: longer than {MAX_LINE:,} characters; is it JSON lines?")
+        for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT + 1), ""), 1):
+            if len(line) > MAX_DOCUMENT:
+                raise DataError(
+                    f"{printable(path)}, line {number}: longer than {MAX_DOCUMENT:,} characters; is it JSON lines?"
+                )
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                raise DataError(f"{path}, line {number}: not a JSON object") from None
-            yield text_field(row, f"{path}, line {number}")
+                raise DataError(f"{printable(path)}, line {number}: not a JSON object") from None
+            yield text_field(row, f"{printable(path)}, line {number}")
 
 
 def _parquet_rows(path: Path) -> Iterator[str]:
@@ -232,11 +242,25 @@ def _parquet_rows(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                text_field(dict.fromkeys(file.schema_arrow.names), str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from (text_field(row, str(path)) for row in batch.to_pylist())
+                text_field(dict.fromkeys(file.schema_arrow.names), printable(path))
+            _check_expansion(file.metadata, path)
+            for batch in file.iter_batches(batch_size=64, columns=["text"]):  # few, as each may be long
+                yield from (text_field(row, printable(path)) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # pyarrow raises all of these
-        raise DataError(f"{path} cannot be read as parquet: {reason(error)}") from None
+        raise DataError(f"{printable(path)} cannot be read as parquet: {reason(error)}") from None
+
+
+def _check_expansion(metadata: Any, path: Path) -> None:
+    """Raise DataError where a few bytes of the file stand for a text that fills the memory."""
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for column in map(row_group.column, range(row_group.num_columns)):
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+            if column.path_in_schema == "text" and size > max(MAX_DOCUMENT, MAX_EXPANSION * packed):
+                raise DataError(
+                    f"{printable(path)}: {packed:,} bytes of it would become {size:,} bytes of text; pack it again "
+                    "without repeating the same text"
+                )
 
 
 def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
@@ -246,7 +270,9 @@ def hub_dataset(spec: str, *, streaming: bool = True) -> Any:
         DataError: no such dataset, or no way to it.
     """
     if streaming and not reachable():  # the library itself would try for half a minute
-        raise DataError(f"{spec} is no text file here, and the Hub, to look for such a dataset, cannot be reached")
+        raise DataError(
+            f"{printable(spec)} is no text file here, and the Hub, to look for such a dataset, cannot be reached"
+        )
     import datasets
 
     name, config, split, *_ = [*spec.split(":"), None, None]
@@ -264,7 +290,7 @@ def _explain_hub(spec: str, rows: Any) -> Iterator[Any]:
 
 
 def _no_hub_dataset(spec: str, error: Exception) -> DataError:
-    return DataError(f"{spec} is no text file here, and as a Hub dataset it cannot be read: {reason(error)}")
+    return DataError(f"{printable(spec)} is no text file here, and as a Hub dataset it cannot be read: {reason(error)}")
 
 
 def text_field(row: Any, where: str) -> str:
@@ -273,5 +299,7 @@ def text_field(row: Any, where: str) -> str:
     if not isinstance(text, str):
         fields = f"; it has {shown(', '.join(map(str, row)))[1:-1]}" if isinstance(row, dict) and row else ""
         raise DataError(f'{where}: no "text" field with a string in it{fields}')
+    if len(text) > MAX_DOCUMENT:
+        raise DataError(f"{where}: a text of {len(text):,} characters, more than {MAX_DOCUMENT:,}; split it")
     # JSON can say half of a surrogate pair, which is no character and no tokenizer takes.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _SURROGATES.sub("\ufffd", text)

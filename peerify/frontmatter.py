@@ -83,10 +83,13 @@ def parse(text: str, name: str = CARD) -> Card:
     try:
         digests = json.loads(text[text.index("{", begin) : text.rindex("}", begin, line) + 1])
         generated, pushed = dict(digests["generated"]), dict(digests.get("pushed") or {})
+        if not all(isinstance(said, str) for said in (*generated.values(), *pushed.values())):
+            raise ValueError("a digest is a text")
     except (
         ValueError,
         KeyError,
         TypeError,
+        AttributeError,
         RecursionError,
     ):  # someone edited the comment itself: everything counts as edited
         generated, pushed = {}, {}

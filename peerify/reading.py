@@ -15,6 +15,7 @@ from typing import Any
 from peerify.errors import PeerifyError
 
 MAX_JSON = 200_000_000  # bytes; the largest tokenizer.json of the Hub has about 40 million
+MAX_DEPTH = 100  # of lists and objects in JSON, so that what follows may call itself for each level
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -102,10 +103,24 @@ def read_object(
     text = read_text(path, fault, remedy, limit=limit)
     try:
         value = json.loads(text)
+        too_deep = _is_deeper(value, MAX_DEPTH)
     except RecursionError:
-        raise fault(f"{printable(path)} is nested too deeply to be read; {remedy}") from None
+        too_deep = True
     except ValueError as error:
         raise fault(f"{printable(path)} is not valid JSON ({reason(error)}); {remedy}") from None
+    if too_deep:
+        raise fault(f"{printable(path)} is nested too deeply to be read; {remedy}")
     if not isinstance(value, dict):
         raise fault(f"{printable(path)} does not hold a JSON object; {remedy}")
     return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and mappings are nested more than `limit` deep in `value`."""
+    holders = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        parts = (part for held in holders for part in (held.values() if isinstance(held, dict) else held))
+        holders = [part for part in parts if isinstance(part, dict | list)]
+        if not holders:
+            return False
+    return True

@@ -11,11 +11,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from checkpoints import random_text, text_file, tiny_model, tiny_tokenizer
 
-from peerify.data import check_windows, load_windows, read_text, tokenize
+from peerify.data import check_windows, load_windows, read_pieces, read_text, tokenize
 from peerify.errors import DataError, UsageError
 
 
@@ -228,10 +230,46 @@ def test_lines_of_json_from_a_stranger(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match='no "text" field') as caught:
         read_text(str(path))
     assert len(str(caught.value)) < 400
-    monkeypatch.setattr("peerify.data.MAX_LINE", 100)
+    monkeypatch.setattr("peerify.data.MAX_DOCUMENT", 100)
     path.write_text(json.dumps({"text": "x" * 100}))
     with pytest.raises(DataError, match=r"line 1: longer than 100 characters"):
         read_text(str(path))
+
+
+def test_a_few_bytes_of_parquet_that_stand_for_a_flood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """31 kB took 6 GB of memory, 469 bytes 2.6 GB."""
+    path = str(tmp_path / "a.parquet")
+    monkeypatch.setattr("peerify.data.MAX_DOCUMENT", 100_000)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["x" * 1_000_000]}), path, compression="zstd", use_dictionary=False
+    )
+    with pytest.raises(DataError, match=r"a\.parquet: [\d,]+ bytes of it would become 1,000,\d+ bytes of text"):
+        read_text(path, 9)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [random_text(200_000)]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: a text of 200,000 characters, more than 100,000; split it"):
+        read_text(path, 9)
+    rows = pyarrow.array([random_text(90_000)]).take(pyarrow.array([0] * 1000))
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+    before = pyarrow.total_allocated_bytes()
+    pieces = read_pieces(path)
+    assert len(next(pieces)) == 90_000
+    assert pyarrow.total_allocated_bytes() - before < 40_000_000, "of a row group, a few rows at a time"
+
+
+@pytest.mark.parametrize("tokens", [2**62, 10**30])
+def test_more_tokens_than_can_be_counted(tmp_path: Path, tokens: int) -> None:
+    windows = load_windows([str(text_file(tmp_path / "a.txt", 300))], tiny_tokenizer(), context=10, max_tokens=tokens)
+    assert windows.shape == (30, 10)
+
+
+def test_names_are_shown_on_one_line(tmp_path: Path) -> None:
+    for name in ("missing\n.txt", "a\nb", "x\n.doc"):
+        with pytest.raises(DataError) as caught:
+            read_text(name)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "\n.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"\\n\.jsonl, line 1: not a JSON object$"):
+        read_text(str(tmp_path / "\n.jsonl"))
 
 
 def test_a_tokenizer_that_fails_is_named() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peerify.checkpoint import DenseModel, load_dense
 from peerify.errors import PublishError
-from peerify.frontmatter import BEGIN, Card, merge, parse, regenerate, render
+from peerify.frontmatter import BEGIN, END, Card, merge, parse, regenerate, render
 from peerify.provenance import provenance
 
 few = settings(max_examples=40, deadline=None)
@@ -188,3 +188,13 @@ def test_keys_are_names_whatever_yaml_makes_of_them() -> None:
 def test_yaml_that_no_card_needs(value: str, message: str) -> None:
     with pytest.raises(PublishError, match=rf"^README\.md, between the --- lines.*{message}"):
         parse(f"---\nx: {value}\n---\nText\n")
+
+
+@pytest.mark.parametrize(
+    "digests",
+    ['{"generated": {"license": [1]}}', '{"generated": {"license": 5}}', '{"generated": {}, "pushed": {"": {}}}', "{}"]
+    + [f'{{"generated": {{"a": {"[" * depth}{"]" * depth}}}}}' for depth in (50, 900, 100_000)],
+)
+def test_digests_that_are_none_count_as_edits(digests: str) -> None:
+    card = parse(f"{BEGIN} {digests} -->\nGenerated\n{END}\n")
+    assert (card.block, card.generated, card.pushed) == ("Generated\n", {}, {})

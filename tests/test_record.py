@@ -63,6 +63,19 @@ def test_what_is_no_record_at_all(folder: Path, text: str) -> None:
         read_record(folder, OutputError)
 
 
+@pytest.mark.parametrize("depth", [97, 98, 450, 600, 900])
+def test_what_is_nested_deeper_than_anything_that_reads_it(folder: Path, depth: int) -> None:
+    """Python reads 900 levels, and then whatever called itself for each of them gave RecursionError."""
+    content = raw(folder)
+    content["recipe"]["convert"]["x"] = "HERE"
+    (folder / "peerify.json").write_text(json.dumps(content).replace('"HERE"', "[" * depth + "]" * depth))
+    if depth > 97:
+        with pytest.raises(PublishError, match="is nested too deeply to be read; convert again"):
+            read_record(folder, PublishError)
+    else:
+        read_record(folder, PublishError)
+
+
 def test_numbers_that_are_not_finite(folder: Path) -> None:
     (folder / "peerify.json").write_text(json.dumps(raw(folder) | {"later": float("nan")}))
     with pytest.raises(PublishError, match="holds a number that is not finite"):
