@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from peerify.reading import shown
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9](?:_?[0-9]){0,999}\s*")  # in quotes, which pydantic takes for a number
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes in a name that are not UTF-8
 RULES = ConfigDict(
     extra="forbid",
     frozen=True,
@@ -21,17 +22,19 @@ RULES = ConfigDict(
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, and a number is a number."""
+    """A part of a recipe: unknown keys are refused, a number is a number, and a text can be written."""
 
     model_config = RULES
 
     @model_validator(mode="before")
     @classmethod
-    def _numbers(cls, data: Any) -> Any:
+    def _values(cls, data: Any) -> Any:
         """`active: true` is no 1.0, and what no computer counts to is a mistake."""
         for name, value in data.items() if isinstance(data, dict) else ():
             kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
             for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, str) and _SURROGATE.search(part):
+                    raise ValueError(f"{name} {shown(part)} is not UTF-8: rename it")
                 if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
                     raise ValueError(f"{name} is a number, not {str(part).lower()}")
                 number = int(part) if isinstance(part, str) and _WHOLE.fullmatch(part) else part

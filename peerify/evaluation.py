@@ -145,7 +145,7 @@ def evaluate_checkpoint(
 
     # What can be refused without reading gigabytes is refused first.
     ours = load(source, revision)
-    _check(ours.model, torch.zeros(1, context))
+    _check(ours.model, torch.zeros(1, 1).expand(1, context))
     windows_bt = load_windows([data], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
     dense = load(against, None) if against is not None else None
     result = evaluate(

@@ -168,9 +168,11 @@ def check_folder(folder: Path, include: Sequence[str] = (), exclude: Sequence[st
         PublishError: something else is missing or was changed, or a file holds the user's Hub token.
     """
     if not folder.is_dir():
-        raise PublishError(f"{folder}: no such folder")
+        raise PublishError(f"{printable(folder)}: no such folder")
     if not (folder / MARKER).is_file():
-        raise PublishError(f"{folder} is not a converted model: it has no {MARKER}; `peerify convert` makes one")
+        raise PublishError(
+            f"{printable(folder)} is not a converted model: it has no {MARKER}; `peerify convert` makes one"
+        )
     if not open_source(folder, weights=False).converted:
         raise PublishError(f"{folder} is not a converted model: its config.json has no `peer` entry")
     check_weights(folder, str(folder))

@@ -223,11 +223,11 @@ def _one_sentence(error: ValidationError, origins: Mapping[str, str], path: str 
     said = {
         name: origin
         for name, origin in origins.items()
-        if name == key or name.startswith(key + ".") or key.startswith(name + ".")
+        if not key or name == key or name.startswith(key + ".") or key.startswith(name + ".")
     }
     spoken_of = [origin for name, origin in said.items() if name.rpartition(".")[2] in message]
     origin = [path, *said.values(), *spoken_of][-1]
-    rule = first["type"] == "value_error" and _is_section(_unnumbered(key))
+    rule = first["type"] == "value_error" and (not key or _is_section(_unnumbered(key)))
     is_flag = origin is not None and origin.startswith("--") and origin != "--set"
     where = f"{origin}: " if origin else ""
     name = "" if (rule and "." not in key) or is_flag else f"{key}: "

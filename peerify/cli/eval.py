@@ -9,6 +9,8 @@ import click
 from peerify.cli.base import cli, common, library, loading
 from peerify.recipe import describe
 
+COUNT = click.IntRange(min=1, max=2**31)
+
 
 @cli.command("eval")
 @click.argument("model")
@@ -19,9 +21,11 @@ from peerify.recipe import describe
     help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split).",
 )
 @click.option("--against", metavar="DENSE", help="The dense model to compare with.")
-@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Use only the first N tokens of the text.", metavar="N")
-@click.option("--batch-size", type=click.IntRange(min=1), default=2, show_default=True, help="Windows run at once.")
+@click.option(
+    "--context", type=click.IntRange(min=2, max=2**31), default=512, show_default=True, help="Tokens per window."
+)
+@click.option("--max-tokens", type=COUNT, help="Use only the first N tokens of the text.", metavar="N")
+@click.option("--batch-size", type=COUNT, default=2, show_default=True, help="Windows run at once.")
 @click.option("--device", default="cpu", show_default=True, help=describe("device"))
 @click.option(
     "--dtype",

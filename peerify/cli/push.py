@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from peerify.cli.base import cli, common, library
-from peerify.errors import UsageError
+from peerify.errors import PublishError, UsageError
 from peerify.reading import local_path, read_object
 from peerify.recipe import Recipe, describe
 
@@ -77,10 +76,11 @@ def push(
         from peerify.card import record_results
         from peerify.publishing import check_folder, push
 
+        path = local_path(folder, PublishError)
         if results:
-            check_folder(Path(folder))
-        for path in results:
-            record_results(Path(folder), _result(path))
+            check_folder(path)
+        for result_file in results:
+            record_results(path, _result(result_file))
         result = push(
             *(folder, settings.pop("repo")),
             **settings,
