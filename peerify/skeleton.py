@@ -65,7 +65,7 @@ def load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
 def model_class(found: Source, config: PretrainedConfig) -> Any:
     """The class that the checkpoint names, so that BERT for masked words stays that; else the usual one for its type.
 
-    An Auto class only for a model whose class its own repository defines.
+    An Auto class where that one is not as easily told, and for a model whose class its own repository defines.
 
     Raises:
         CheckpointError: it names a class that is not there.
@@ -94,8 +94,10 @@ def model_class(found: Source, config: PretrainedConfig) -> Any:
         )
     for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
         usual = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        if is_native(usual):
+        if is_native(usual) and isinstance(config, usual.config_class):
             return usual
+        if usual is not None:  # several, or one that takes a part of the config: the Auto class knows more
+            return getattr(transformers, auto)
     return transformers.AutoModel
 
 
@@ -113,10 +115,12 @@ def build(found: Source, config: PretrainedConfig, cls: Any, trust_remote_code: 
                 model = cls.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         made_for = getattr(cls, "config_class", None)
-        if made_for is None or isinstance(config, made_for):
-            why = _why(error, found)
-        else:
+        if made_for and not isinstance(config, made_for):
             why = f"{cls.__name__} goes with model_type {made_for.model_type}, not {config.model_type}"
+        elif cls is transformers.AutoModel and not config.architectures:
+            why = f"it names no architectures, and {config.model_type} has no usual one; name the model's class there"
+        else:
+            why = _why(error, found)
         raise CheckpointError(f"{found.name} cannot be built from its config: {why}") from error
     if is_native(cls) and found.elements:
         _check_shapes(found, model)
@@ -146,7 +150,8 @@ def _check_shapes(found: Source, skeleton: PreTrainedModel) -> None:
             if wanted.get(known, shape) != shape:
                 refuse_misfit(found, name, shape, wanted[known])
     asked = sum(math.prod(shape) for shape in wanted.values())
-    if asked > 2 * found.elements + 100_000:  # tied weights are stored once
+    # Weights that are computed, such as sines of positions, are stored in no safetensors file.
+    if asked > 2 * found.elements + (0 if found.gguf else 100_000):
         what = "its header" if found.gguf else "its config.json"
         raise CheckpointError(
             f"{found.name}: {what} asks for {asked:,} parameters, and the file holds {found.elements:,} numbers; "

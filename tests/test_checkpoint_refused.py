@@ -170,6 +170,17 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     assert "model is a link that leads nowhere" in refusal(str(tmp_path / "model"))
 
 
+def test_a_config_that_names_no_class(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "depth_anything"}')
+    with pytest.raises(CheckpointError, match="names no architectures, and depth_anything has no usual one"):
+        load_skeleton(tmp_path)
+    # Its usual class takes the text part of the config, which the Auto class knows.
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 8, "vocab_size": 64, "pad_token_id": 0}
+    config.write_text(json.dumps({"model_type": "mllama", "text_config": small}))
+    assert type(load_skeleton(tmp_path)).__name__ == "MllamaForCausalLM"
+
+
 def test_deeply_nested_json(dense: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
         before = (dense / name).read_text()

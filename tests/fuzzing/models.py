@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints import text_file, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -9,11 +11,11 @@ from dense_checkpoint import tiny_llama
 from fuzzing.harness import Corpus
 from test_gguf import write_gguf
 
-from peerify.checkpoint import load_dense, load_for_eval
+from peerify.checkpoint import load_dense
+from peerify.evaluation import evaluate_checkpoint
 from peerify.folder import convert_checkpoint
 from peerify.inspection import inspect_model
 from peerify.recipe import Recipe
-from peerify.source import open_source
 
 
 def shards(folder: Path) -> None:
@@ -40,8 +42,33 @@ def gguf(folder: Path) -> None:
     write_gguf(folder / "m.gguf", tiny_llama())
 
 
+def opened(folder: Path) -> None:
+    load_dense(folder / "m.gguf").tokenizer("Some text.")
+
+
 def look(folder: Path) -> None:
     inspect_model(str(folder))
+
+
+def with_text(family: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        tiny_checkpoint(folder, family)
+        text_file(folder / "text.txt", 600)
+
+    return make
+
+
+def convert(folder: Path) -> None:
+    """The whole way, so that what loads but does not run counts, too."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    calibration = {"data": str(folder / "text.txt"), "tokens": 128, "context": 32}
+    options = {"refine_steps": 0, "allocation": "uniform"}
+    recipe = {"model": str(folder), "output": str(folder / "out"), "calibration": calibration, "convert": options}
+    convert_checkpoint(Recipe.model_validate(recipe))
+
+
+def evaluated(folder: Path) -> None:
+    evaluate_checkpoint(str(folder), data=str(text_file(folder / "text.txt", 300)), context=32, max_tokens=64)
 
 
 CORPORA: dict[str, Corpus] = {
@@ -51,11 +78,11 @@ CORPORA: dict[str, Corpus] = {
     "config-gpt2": Corpus(lambda folder: tiny_checkpoint(folder, "gpt2"), "config.json", look, as_json=True),
     "config-bert": Corpus(lambda folder: tiny_checkpoint(folder, "bert"), "config.json", look, as_json=True),
     "config-t5": Corpus(lambda folder: tiny_checkpoint(folder, "t5"), "config.json", look, as_json=True),
-    "config-and-weights": Corpus(tiny_checkpoint, "config.json", load_dense, as_json=True),
-    "generation-config": Corpus(tiny_checkpoint, "generation_config.json", load_dense, as_json=True),
+    "config-converted": Corpus(with_text("llama"), "config.json", convert, as_json=True),
+    "generation-config": Corpus(with_text("llama"), "generation_config.json", convert, as_json=True),
     "tokenizer": Corpus(tiny_checkpoint, "tokenizer.json", tokens, as_json=True),
     "tokenizer-config": Corpus(tiny_checkpoint, "tokenizer_config.json", tokens, as_json=True),
-    "gguf": Corpus(gguf, "m.gguf", lambda folder: open_source(folder / "m.gguf")),
+    "gguf": Corpus(gguf, "m.gguf", opened),
     "gguf-inspect": Corpus(gguf, "m.gguf", lambda folder: inspect_model(str(folder / "m.gguf"))),
-    "peer-config": Corpus(converted, "config.json", load_for_eval, as_json=True),
+    "peer-config": Corpus(converted, "config.json", evaluated, as_json=True),
 }
