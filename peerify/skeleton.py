@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from peerify.errors import CheckpointError
 from peerify.reading import printable, reason, shown
 from peerify.source import Source, leaves
+from peerify.weights import FLOATS, ONLY_FLOATS
 
 try:
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
@@ -145,10 +146,12 @@ def _check_shapes(found: Source, skeleton: PreTrainedModel) -> None:
     """Refuse a config that asks for other weights than there are, before memory is taken for what it asks."""
     prefix = f"{skeleton.base_model_prefix}."
     wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    for name, (_, shape) in found.tensors.items():
+    for name, (dtype, shape) in found.tensors.items():
         for known in (name, prefix + name, name.removeprefix(prefix)):
             if wanted.get(known, shape) != shape:
                 refuse_misfit(found, name, shape, wanted[known])
+            if known in wanted and dtype not in FLOATS:
+                raise CheckpointError(f"{found.name} holds {printable(name)} as {dtype}; {ONLY_FLOATS}")
     asked = sum(math.prod(shape) for shape in wanted.values())
     # Weights that are computed, such as sines of positions, are stored in no safetensors file.
     if asked > 2 * found.elements + (0 if found.gguf else 100_000):

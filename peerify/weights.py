@@ -14,6 +14,7 @@ MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 FLOATS = ("F64", "F32", "F16", "BF16")
+ONLY_FLOATS = f"only floating-point weights are read ({', '.join(FLOATS)})"
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Of tensors by name: number type, as safetensors calls it, and shape."""
 
@@ -123,12 +124,13 @@ def _tensors(path: Path) -> Shapes:
 
 
 def _refuse_type(file: str, key: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse weights that are no floating-point numbers. Masks and positions, which are kept beside them, may be."""
+    """Refuse weights that are no floating-point numbers. Masks and positions beside them may be integers.
+
+    Only the model tells for certain what is a weight; see `peerify.skeleton`.
+    """
     is_weight = key.endswith("weight") or (key.endswith("bias") and len(shape) == 1)
     if dtype in FLOATS or not (is_weight or dtype.startswith("C")):
         return
     if dtype.startswith("F"):
         raise CheckpointError(f"{file} is quantized: {printable(key)} is {dtype}; give the unquantized model")
-    raise CheckpointError(
-        f"{file} holds {printable(key)} as {dtype}; only floating-point weights are read ({', '.join(FLOATS)})"
-    )
+    raise CheckpointError(f"{file} holds {printable(key)} as {dtype}; {ONLY_FLOATS}")

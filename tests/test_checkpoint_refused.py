@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_checkpoint import edit_json, one_sentence, refusal, shards, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTConfig, ViTModel
 
 from peerify import checkpoint
 from peerify.checkpoint import load_dense, load_skeleton
@@ -206,6 +206,16 @@ def test_numbers_that_are_no_weights(tmp_path: Path) -> None:
     masks = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "position_ids": torch.arange(4)}
     save_file(tensors | masks, path, {"format": "pt"})
     load_dense(tmp_path)
+
+
+def test_a_parameter_of_integers_that_is_not_called_weight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=4, patch_size=2)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    load_dense(tmp_path)
+    save_file(tensors | {"embeddings.cls_token": torch.ones(1, 1, 8, dtype=torch.int32)}, path, {"format": "pt"})
+    assert "holds embeddings.cls_token as I32; only floating-point weights are read" in refusal(tmp_path)
 
 
 def test_an_adapter_beside_the_weights_is_not_applied_unasked(dense: Path) -> None:
