@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,64 @@ def test_an_interrupt_stops_after_the_step(here: Path, monkeypatch: pytest.Monke
     stopped = log()
     trained(overwrite=True)
     assert log() == stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_stops_before_the_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """`train && push` must not go on because the signal came a moment late; --resume only writes the result."""
+    real = stage.Stage.finish
+
+    def finish(self: Any) -> Path:
+        if self.now.step == 10:
+            os.kill(os.getpid(), number)
+        return real(self)
+
+    monkeypatch.setattr(stage.Stage, "finish", finish)
+    result = trained()
+    assert (result["signal"], result["steps"], result["output"]) == (number, 10, None)
+    assert not Path("peer-healed").exists()
+    monkeypatch.setattr(stage.Stage, "step", lambda _: pytest.fail("nothing is left to train"))
+    assert trained(resume=True)["output"] == "peer-healed"
+
+
+def test_a_second_interrupt_ends_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stage.Stage.step
+
+    def step(self: Any) -> float:
+        if self.now.step == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(stage.Stage, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        trained()
+    monkeypatch.setattr(stage.Stage, "step", real)
+    assert trained(resume=True)["steps"] == 10, "from the checkpoint after step 4"
+
+
+def test_a_thread_trains_without_handlers(here: Path) -> None:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(trained()))
+    thread.start()
+    thread.join(120)
+    assert results[0]["steps"] == 10
+    assert results[0]["stopped"] is False
+
+
+def test_a_signal_that_a_background_job_ignores_stays_ignored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stage.Stage.step
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def step(self: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(stage.Stage, "step", step)
+    try:
+        assert trained()["stopped"] is False
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

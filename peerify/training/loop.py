@@ -56,7 +56,9 @@ def run_stages(run: Run, resume_from: Path | None) -> Outcome:
                         if stopped_by:
                             return Outcome(state=now, checkpoint=checkpoint, signal=stopped_by)
                 checkpoint = stage.finish()
-            if stopped_by and now.stage < len(config.stages):
+                # A signal in the last step stops the run, too: what comes next may be hours of writing and pushing.
+                stopped_by = stopped_by or _in_any(run.accelerator, max(caught, default=0))
+            if stopped_by:
                 return Outcome(state=now, checkpoint=checkpoint, signal=stopped_by)
     return Outcome(state=now, checkpoint=checkpoint, signal=0)
 
@@ -75,7 +77,9 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What a background job ignores it goes on to ignore; None is a handler that Python cannot put back.
+    before = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def restore() -> None:
         for number, handler in before.items():
