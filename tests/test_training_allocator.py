@@ -61,3 +61,4 @@ def test_other_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("no C library of this name"))
     assert not allocator.keep_freed_memory()
+    allocator.return_freed_memory()

@@ -126,6 +126,21 @@ def test_the_record_shows_use_balance_and_scores(gates: str) -> None:
     assert steps.shape == layer.keys.sub_key_bias.shape
 
 
+@pytest.mark.parametrize("gates", ["unit", "softmax"])
+def test_a_record_for_the_log_alone_keeps_no_graph(gates: str) -> None:
+    """It held nine tensors of a number for each token and expert, in every layer."""
+    layer = peer() if gates == "unit" else peer(gates=gates, joint_topk=False, **PLAIN)
+    model, x = nn.ModuleDict({"mlp": layer}), torch.randn(40, 12)
+    found = []
+    for with_losses in (True, False):
+        with Router(model, temperature=None, with_losses=with_losses) as router:
+            router.recording = True
+            layer(x)
+            assert router._seen["mlp"].row_tha.requires_grad is with_losses
+            found.append(router.statistics())
+    assert found[0] == found[1]
+
+
 def test_balance_terms_even_out_retrieval() -> None:
     """Both the loss and the bias bring a lopsided router nearer to uniform."""
     x = torch.randn(200, 12)

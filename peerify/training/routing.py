@@ -102,16 +102,20 @@ class Router:
     forward pass with gradients is on record for the router's own losses, its bias and the statistics.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float | None, every: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, temperature: float | None, every: int = 1, with_losses: bool = True
+    ) -> None:
         """Find the layers.
 
         Args:
             temperature: width of the sigmoid in the gradient, in spreads of a token's scores; None: no gradient.
             every: one token in so many teaches the router. The others take no part in `losses` either, if more than 1.
+            with_losses: keep what the gradient of `losses` needs in a forward pass that is on record.
         """
         self.layers = peer_layers(model)
         self.temperature = temperature
         self.every = every
+        self.with_losses = with_losses
         self.recording = False
         self._seen: dict[str, _Seen] = {}
 
@@ -134,10 +138,11 @@ class Router:
             if layer.gates == "unit":
                 return self._soft_forward(path, layer, x_td).view(hidden_states.shape)
             if self.recording:
-                found = layer._retrieve(x_td)
-                self._record(
-                    path, layer, layer.keys.sub_scores(x_td), found.index_tc - layer.num_shared, found.weight_tc
-                )
+                with torch.set_grad_enabled(self.with_losses):
+                    found = layer._retrieve(x_td)
+                    self._record(
+                        path, layer, layer.keys.sub_scores(x_td), found.index_tc - layer.num_shared, found.weight_tc
+                    )
             return original(hidden_states)  # type: ignore[no-any-return]
 
         return forward
@@ -154,7 +159,8 @@ class Router:
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
         scores = score_thn = None
         if self.recording or layer.keys.query_norm is not None or (every == 1 and temperature is not None):
-            with torch.set_grad_enabled(every == 1 and (temperature is not None or self.recording)):
+            wanted = temperature is not None or (self.recording and self.with_losses)
+            with torch.set_grad_enabled(every == 1 and wanted):
                 scores = layer.keys.sub_scores(x_td)
                 score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():

@@ -76,10 +76,12 @@ class Stage:
         _prepare_modules(model, run.config)
         trains = self.config.optimizer.router_scale > 0
         terms = self.config.objectives
+        with_losses = bool(terms.load_balance or terms.z_loss)
         self.router = Router(
             model,
             temperature=self.config.temperature if trains else None,
-            every=1 if terms.load_balance or terms.z_loss else self.config.router_every,
+            every=1 if with_losses else self.config.router_every,
+            with_losses=with_losses,
         )
         self.model = distribute(model, accelerator)
         self.plain_optimizer = build_optimizer(

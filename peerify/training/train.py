@@ -22,7 +22,7 @@ from peerify.files import CARD
 from peerify.recipe import Recipe
 from peerify.record import read_record, write_record
 from peerify.training import loggers, state
-from peerify.training.allocator import keep_freed_memory
+from peerify.training.allocator import keep_freed_memory, return_freed_memory
 from peerify.training.checks import check_space, check_start, output_of, run_folder, section
 from peerify.training.config import TrainConfig
 from peerify.training.data import Windows
@@ -77,6 +77,8 @@ def train_checkpoint(
         check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
         test_bt = _test_windows(config, ours, tell)
         check_space(config, ours.model, folder)
+        # Each stage loads a model of its own; of this one only the files beside the weights are wanted from here on.
+        ours.model.to(torch.device("meta"))  # type: ignore[arg-type]
         if accelerator.is_main_process:
             if latest is None:
                 checkpoints.clear()
@@ -98,6 +100,7 @@ def train_checkpoint(
             publish=_publisher(recipe, tell),
             recipe=described,
         )
+        del teacher
         try:
             outcome = run_stages(run, latest)
         finally:
@@ -123,6 +126,8 @@ def train_checkpoint(
         if not outcome.signal:
             assert outcome.checkpoint is not None
             tell("Writing", 0, 1)
+            run.teacher = None  # its memory is wanted for what is written
+            return_freed_memory()
             _write(run, recipe, ours, outcome.checkpoint, result)
             tell("Writing", 1, 1)
         return result
