@@ -115,7 +115,10 @@ def put_optimizer_state(
         parameter = parameters.get(name)
         if parameter is None or parameter not in known:
             raise CheckpointError(f"{where} holds optimizer state for {printable(name)}, which does not train here")
-        for key in ("exp_avg", "exp_avg_sq") if type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) else ():
+        adam = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam)
+        if adam and not isinstance(state.get("step"), Tensor):
+            raise CheckpointError(f"{where} does not say how many steps {printable(name)} has taken; was it changed?")
+        for key in ("exp_avg", "exp_avg_sq") if adam else ():
             if not isinstance(state.get(key), Tensor) or state[key].shape != parameter.shape:
                 raise CheckpointError(f"{where} holds {key} of another shape for {printable(name)}; was it changed?")
         optimizer.state[parameter] = {

@@ -18,8 +18,9 @@ def fuzz(*argv: str) -> str:
     return done.stdout
 
 
-def test_damaged_files_end_in_a_result_or_one_sentence(seed: int) -> None:
-    said = fuzz("--seed", str(seed), "--count", "80")
+def test_damaged_files_end_in_a_result_or_one_sentence() -> None:
+    """Always the same ones, so that a change is told by what it breaks; `make fuzz` draws fresh ones."""
+    said = fuzz("--seed", "12", "--count", "60")
     assert ", 0 faults" in said
 
 
