@@ -115,7 +115,7 @@ class PeerConfig(Section):
     num_shared: int | None = Field(default=None, ge=0)
     """Always-on experts, counted in num_experts; by default those whose peaks dwarf a whole token's activations."""
 
-    query_dim: int | None = Field(default=None, ge=2, multiple_of=2)
+    query_dim: int | None = Field(default=None, ge=2, le=2**16, multiple_of=2)
     """Length of a query; its two halves meet the two sets of sub-keys."""
 
     share_query: bool | None = None

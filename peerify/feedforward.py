@@ -177,7 +177,7 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
             chosen.add(able[len(able) // 2])
         elif part == "first-last":
             chosen.update((able[0], able[-1]))
-        elif match := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part):
+        elif match := re.fullmatch(r"([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?", part):
             first, last = int(match[1]), int(match[2] or match[1])
             if first > last or last >= len(sites):
                 raise ConversionError(

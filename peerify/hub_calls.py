@@ -76,7 +76,7 @@ def need_hub(repo: str) -> None:
 
 def ref_fault(name: str) -> str | None:
     """Why git takes no branch or tag of this name (git check-ref-format); None where it does."""
-    bad = re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|/$|\.$|\.lock(/|$)|(^|/)\.|^@$|^$", name)
+    bad = re.search(r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]|\.\.|@\{|//|^[-/]|/$|\.$|\.lock(/|$)|(^|/)\.|^@$|^$", name)
     return f"git takes no name such as {shown(name)}: use letters, digits, - and ." if bad else None
 
 

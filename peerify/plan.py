@@ -18,6 +18,7 @@ ROUTER_SHARE = 0.245
 LEAST_RANK = 16
 # Cells of one head's grid: with fewer, a + b sub-keys are hardly fewer than the a * b experts they stand for.
 SMALLEST_GRID = 48
+MOST_SPARE = 15  # spare cells for each expert: they take memory like experts
 # Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
 # fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
 CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
@@ -204,11 +205,11 @@ def _grid(
         cells = config.grid[0] * config.grid[1]
         heads = heads or (8 if share_pool else math.ceil(routed / cells))
         spare = cells * (1 if share_pool else heads) - routed
-        if not 0 <= spare < cells:
+        if not 0 <= spare < cells or spare > MOST_SPARE * routed:
             raise ConversionError(
                 f"{path}: a grid of {config.grid[0]}x{config.grid[1]} with {heads} heads has "
                 f"{cells * (1 if share_pool else heads)} cells for {routed} experts: choose cells that hold all of "
-                "them without leaving a whole grid empty"
+                "them without leaving a whole grid, or nearly all of it, empty"
             )
         return heads, config.grid
     if share_pool:

@@ -64,6 +64,7 @@ def test_layers_are_selected(spec: str, expected: list[int]) -> None:
         ("-1", "no feed-forward layer has that path"),
         ("", "no feed-forward layer has that path"),
         ("1,,2", "no feed-forward layer has that path"),
+        ("9" * 5000, "no feed-forward layer has that path"),
     ],
 )
 def test_wrong_layers_are_named(spec: str, message: str) -> None:

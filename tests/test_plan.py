@@ -169,6 +169,11 @@ def test_preset() -> None:
         ({"grid": (10, 10), "num_heads": 2}, {}, "a grid of 10x10 with 2 heads has 200 cells for 256"),
         ({"grid": (10, 10), "num_heads": 4}, {}, "a grid of 10x10 with 4 heads has 400 cells for 256"),
         ({"grid": (10, 10), "share_pool": True}, {}, "a grid of 10x10 with 8 heads has 100 cells for 256"),
+        (
+            {"grid": (10**9, 10**9)},
+            {},
+            "a grid of 1000000000x1000000000 with 1 heads has 1000000000000000000 cells for 256",
+        ),
     ],
 )
 def test_no_room(options: dict[str, Any], layer: dict[str, Any], message: str) -> None:

@@ -203,6 +203,7 @@ def test_the_preset_expands_to_options_that_say_the_same() -> None:
         ("train: {stages: {²: {share: 1}}}", NAMES, r"r\.yaml: unknown key train\.stages\.0\.²"),
         ("", [*NAMES, f"train.stages.{'9' * 5000}.share=1"], r"r\.yaml: .*train\.stages.*99\.\.\.;"),
         ("convert: {num_experts: 1.0e+12}", NAMES, r"num_experts: .*less than or equal to 2147483648"),
+        ("convert: {query_dim: 1_000_000_000_000}", NAMES, r"convert\.query_dim: .*less than or equal to 65536"),
         ("hub: {repo: a/b, tag: 'v 1'}", NAMES, r"hub\.tag: git takes no name such as 'v 1'"),
         ("hub: {repo: a/b, revision: a..b}", NAMES, r"hub\.revision: git takes no name such as 'a\.\.b'"),
         ("model: &a [*a]", [], r"r\.yaml, line 1: not valid YAML: it refers to itself"),
@@ -251,7 +252,25 @@ def test_names_that_git_takes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a b", "a..b", "-a", "/a", "a/", "a//b", "a.lock", "a/.b", "a:b", "a~1", "a^", "@", "a@{1}", "a\n", "a."],
+    [
+        "",
+        "a b",
+        "a..b",
+        "-a",
+        "/a",
+        "a/",
+        "a//b",
+        "a.lock",
+        "a/.b",
+        "a:b",
+        "a~1",
+        "a^",
+        "@",
+        "a@{1}",
+        "a\n",
+        "a.",
+        "\udcff",
+    ],
 )
 def test_names_that_git_does_not_take(name: str) -> None:
     assert ref_fault(name)
