@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".text", ".raw", ".md", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 MAX_DOCUMENT = 10_000_000  # characters of a line of JSON or a cell of parquet; War and Peace has 3 million
-MAX_EXPANSION = 200  # bytes of a parquet column for one in the file; zeros can be packed 30,000 to one
+MAX_EXPANSION = 200  # bytes of text for one of a parquet file; zeros can be packed 30,000 to one
 MAX_CHARACTERS_PER_TOKEN = 24  # far above any tokenizer's average on prose, code or CJK text
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -239,28 +239,29 @@ def _parquet_rows(path: Path) -> Iterator[str]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    size = path.stat().st_size
+    most = max(1_000_000, MAX_EXPANSION * size)
+    flood = (
+        f"{printable(path)} has {size:,} bytes that stand for more than {most:,} of text: leave out what is repeated"
+    )
+    length = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 text_field(dict.fromkeys(file.schema_arrow.names), printable(path))
-            _check_expansion(file.metadata, path)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            columns = (group.column(number) for group in groups for number in range(group.num_columns))
+            if any(column.path_in_schema == "text" and column.total_uncompressed_size > most for column in columns):
+                raise DataError(flood)
             for batch in file.iter_batches(batch_size=64, columns=["text"]):  # few, as each may be long
-                yield from (text_field(row, printable(path)) for row in batch.to_pylist())
+                for row in batch.to_pylist():
+                    text = text_field(row, printable(path))
+                    length += len(text)
+                    if length > most:
+                        raise DataError(flood)
+                    yield text
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # pyarrow raises all of these
         raise DataError(f"{printable(path)} cannot be read as parquet: {reason(error)}") from None
-
-
-def _check_expansion(metadata: Any, path: Path) -> None:
-    """Raise DataError where a few bytes of the file stand for a text that fills the memory."""
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for column in map(row_group.column, range(row_group.num_columns)):
-            size, packed = column.total_uncompressed_size, column.total_compressed_size
-            if column.path_in_schema == "text" and size > max(MAX_DOCUMENT, MAX_EXPANSION * packed):
-                raise DataError(
-                    f"{printable(path)}: {packed:,} bytes of it would become {size:,} bytes of text; pack it again "
-                    "without repeating the same text"
-                )
 
 
 def hub_dataset(spec: str, *, streaming: bool = True) -> Any:

@@ -54,6 +54,14 @@ Generated.
 <!-- peerify:end -->
 Mine.
 """
+OVERRIDES = [
+    "convert.active=0.25",
+    "train.stages.0.optimizer.name=galore",
+    "calibration.data=[a.txt, b.txt]",
+    "hub={repo: ada/smol, tag: !!str 1}",
+    "convert.grid=[4, 0x8]",
+    "train.stages=[&a {share: 0.5}, {<<: *a, warmup: 1e-1}]",
+]
 RESULT = {
     "model": "out",
     "data": "test.txt",
@@ -80,6 +88,11 @@ def _json_recipe(folder: Path) -> None:
     (folder / "r.yaml").write_text(json.dumps(yaml.safe_load(RECIPE)))
 
 
+def _overrides(folder: Path) -> None:
+    lines = (folder / "set.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    Recipe.load(None, ["model=dense", "output=out", "train.data.sources=a.txt", *lines])
+
+
 def _jsonl(folder: Path) -> None:
     rows = [{"id": number, "text": text_file(folder / "a.txt", 60).read_text() + " é 漢"} for number in range(30)]
     (folder / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -102,6 +115,19 @@ def _card(folder: Path) -> None:
     card = frontmatter.parse(read_text(folder / "README.md", PublishError, ""))
     again = frontmatter.parse(frontmatter.render(frontmatter.merge(card, frontmatter.Card(), "there")))
     frontmatter.render(frontmatter.merge(again, card, "there"))
+
+
+def _front(folder: Path) -> None:
+    front = yaml.safe_load(CARD.split("---")[1]) | {"model-index": [{"name": "a", "results": [{"metrics": []}]}]}
+    (folder / "front.json").write_text(json.dumps(front))
+
+
+def _card_values(folder: Path) -> None:
+    """JSON is YAML."""
+    text = (folder / "front.json").read_text(encoding="utf-8", errors="replace")
+    (folder / "README.md").write_text(f"---\n{text}\n---\n{CARD.partition('---')[2].partition('---')[2]}")
+    _card(folder)
+    _source_card(folder)
 
 
 def _record(folder: Path) -> None:
@@ -139,12 +165,14 @@ def _notes(folder: Path) -> None:
 CORPORA: dict[str, Corpus] = {
     "recipe": Corpus(_writes("r.yaml", RECIPE), "r.yaml", lambda folder: Recipe.load(folder / "r.yaml")),
     "recipe-values": Corpus(_json_recipe, "r.yaml", lambda folder: Recipe.load(folder / "r.yaml"), as_json=True),
+    "set": Corpus(_writes("set.txt", "\n".join(OVERRIDES)), "set.txt", _overrides),
     "text": Corpus(lambda folder: text_file(folder / "a.txt", 4000), "a.txt", _calibrate("a.txt")),
     "jsonl": Corpus(_jsonl, "a.jsonl", _calibrate("a.jsonl")),
     "parquet": Corpus(_parquet, "a.parquet", _calibrate("a.parquet")),
     "record": Corpus(converted, "peerify.json", _record, as_json=True),
     "config-of-a-card": Corpus(converted, "config.json", write_card, as_json=True),
     "card": Corpus(_writes("README.md", CARD), "README.md", _card),
+    "card-values": Corpus(_front, "front.json", _card_values, as_json=True),
     "card-of-a-folder": Corpus(converted, "README.md", _record),
     "card-of-a-source": Corpus(_writes("README.md", CARD), "README.md", _source_card),
     "result": Corpus(_with_result, "eval.json", _result, as_json=True),
