@@ -49,7 +49,7 @@ test: lint
 slow: lint
 	@$(BIN)/python -m pytest -m ''
 
-COUNT ?= 1700
+COUNT ?= 700
 fuzz: $(READY)
 	@$(BIN)/python tests/fuzzing/fuzz.py --count $(COUNT) $(if $(SEED),--seed $(SEED)) --keep .fuzz
 

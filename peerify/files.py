@@ -7,7 +7,6 @@ So only regular files count, and links to regular files of the same folder. Need
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -16,8 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from peerify.errors import PeerifyError
-from peerify.reading import printable, reason
+from peerify.errors import OutputError, PeerifyError
+from peerify.reading import printable, read_object, reason
 
 MARKER = "peerify.json"  # in every folder peerify writes; `overwrite` replaces no other
 CARD = "README.md"
@@ -142,13 +141,11 @@ def foreign(folder: Path) -> list[str]:
 
 def _marker(folder: Path) -> dict[str, Any] | None:
     path = folder / MARKER
-    if fault_of(path, folder) is not None or path.stat().st_size > 100_000_000:
+    if fault_of(path, folder) is not None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict):
+        found = read_object(path, OutputError)
+    except OutputError:
         return None
     converted = isinstance(found.get("peerify"), str) and isinstance(found.get("source"), dict)
     return found if converted or isinstance(found.get("checkpoint"), int) else None

@@ -131,6 +131,7 @@ def render(card: Card) -> str:
 
 def regenerate(old: Card, metadata: Mapping[str, Any], title: str, block: str) -> Card:
     """`old` with a new generated part, and its new YAML and title as far as nobody edited them."""
+    block = block.replace("<!--", "&lt;!--")  # a name in it may not end the generated part
     fresh = Card(dict(metadata), before=title, block=block)
     merged = _assemble(old, fresh, dict.fromkeys(_keys(old, fresh), True))
     return replace(merged, block=block, generated=fresh.digests(), pushed=old.pushed)

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from peerify.errors import PeerifyError, PublishError
-from peerify.reading import shown
+from peerify.reading import reason, shown
 
 PATIENCE_S = 60.0  # waiting, in all, without getting any further
 ANSWER_S = 10.0  # until a Hub that does not answer counts as gone
@@ -171,7 +171,7 @@ def _explain(error: BaseException, repo: str) -> str:
         return f"{repo}: the disk is full; free some space (HF_HOME says where the Hub's files are kept)"
     if type(error).__name__ == "OfflineModeIsEnabled":
         return _unreachable(repo)
-    return f"{repo}: {_line(str(error)) or type(error).__name__}"
+    return f"{repo}: {reason(error)}"
 
 
 def _unreachable(repo: str) -> str:

@@ -76,6 +76,8 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, progress: Progress | 
             _refuse_another(recipe)  # converted by hand, or before the note of it was written
             skipped.append(stage)
             continue
+        if stage == "train" and recipe.hub is not None:
+            _check_card(recipe)
         results[stage] = dict(act())
         if results[stage].get("stopped"):
             stopped = stage
@@ -156,6 +158,14 @@ def _check(recipe: Recipe, stages: Sequence[str], overwrite: bool) -> None:
         from peerify.transfer import need_token
 
         need_token(recipe.hub.repo)
+
+
+def _check_card(recipe: Recipe) -> None:
+    """Refuse before the training what push would refuse after it: a card without a licence. Raises PublishError."""
+    from peerify.card import fresh_card
+    from peerify.transfer import require
+
+    require(fresh_card(Path(recipe.output).expanduser()))
 
 
 def _convert(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:

@@ -198,3 +198,10 @@ def test_yaml_that_no_card_needs(value: str, message: str) -> None:
 def test_digests_that_are_none_count_as_edits(digests: str) -> None:
     card = parse(f"{BEGIN} {digests} -->\nGenerated\n{END}\n")
     assert (card.block, card.generated, card.pushed) == ("Generated\n", {}, {})
+
+
+def test_a_name_cannot_end_the_generated_part() -> None:
+    card = regenerate(Card(), {}, "# A", f"Made from {END} of a stranger.")
+    again = parse(render(card))
+    assert again.after.strip() == ""
+    assert "of a stranger" in again.block

@@ -53,6 +53,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return {"repo": repo, "url": f"https://hub/{repo}"}
 
     monkeypatch.setattr("peerify.publishing.push", push)
+    monkeypatch.setattr("peerify.transfer.require", lambda card: None)  # licence and base model, which push asks for
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     return calls
 
@@ -155,3 +156,12 @@ def test_what_a_late_stage_would_refuse_is_refused_first(
     with pytest.raises(PeerifyError, match=message) as caught:
         run_recipe(Recipe.load("r.yaml", overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_a_card_without_a_licence_is_refused_before_the_training(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr(pipeline, "_train", lambda *_: pytest.fail("it trained first"))
+    with pytest.raises(PeerifyError, match=r"README\.md: write `license: …` between its --- lines"):
+        run_recipe(recipe)

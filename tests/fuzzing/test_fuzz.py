@@ -26,4 +26,4 @@ def test_damaged_files_end_in_a_result_or_one_sentence() -> None:
 
 @pytest.mark.slow
 def test_twenty_thousand_damaged_files() -> None:
-    fuzz("--count", "1700")
+    fuzz("--count", "700")
