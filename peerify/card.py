@@ -12,8 +12,8 @@ from peerify import frontmatter
 from peerify.errors import PublishError
 from peerify.files import CARD
 from peerify.output import write_text
-from peerify.reading import local_path, read_object, shown
-from peerify.record import read_record, write_record
+from peerify.reading import local_path, read_object
+from peerify.record import check_layers, read_record, write_record
 
 PLACEHOLDER = "PATH_OR_ID"
 # Several Auto classes load the same class; the card shows the one that people know, with what it is used for.
@@ -101,28 +101,14 @@ def record_results(folder: Path, result: Mapping[str, Any]) -> None:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     """Raise PublishError unless config.json says what a card is made from."""
-    auto_map, peer = config.get("auto_map"), config.get("peer")
-    layers, names = peer.get("layers") if isinstance(peer, dict) else None, config.get("architectures")
+    auto_map, names = config.get("auto_map"), config.get("architectures")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise PublishError(f"{where}: architectures is no list of class names; convert again")
     if not isinstance(auto_map, dict) or not all(isinstance(name, str) for name in auto_map.values()):
         raise PublishError(f"{where}: auto_map is not what peerify writes; convert again")
-    if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise PublishError(f"{where}: peer.layers is not what peerify writes; convert again")
-    for path, layer in layers.items():
-        rank = ["query_dim"] * bool(layer.get("share_query"))
-        for key in ("num_experts", "num_shared", "num_heads", "topk", *rank):
-            if not _is_count(layer.get(key)):
-                raise PublishError(f"{where}: {key} of {shown(path)} is no count; convert again")
-        if not _is_count(layer.get("candidates") or 0):
-            raise PublishError(f"{where}: candidates of {shown(path)} is no count; convert again")
-        grid = layer.get("grid")
-        if not (isinstance(grid, list) and len(grid) == 2 and all(map(_is_count, grid))):
-            raise PublishError(f"{where}: grid of {shown(path)} is no pair of whole numbers; convert again")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+    check_layers(config, where, PublishError)
+    if not config["peer"]["layers"]:
+        raise PublishError(f"{where}: peer has no layers, so nothing was converted; convert again")
 
 
 def loader(config: Mapping[str, Any]) -> str:
@@ -286,7 +272,9 @@ def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
         layer = layers[path]
         heads, (rows, columns) = layer["num_heads"], layer["grid"]
         product_keys = f"product keys, {heads} × ({rows} × {columns})"
-        router = f"a key each, rank {layer['query_dim']}" if rows == 1 and layer.get("share_query") else product_keys
+        router = (
+            f"a key each, rank {layer.get('query_dim')}" if rows == 1 and layer.get("share_query") else product_keys
+        )
         always = f", {layer['num_shared']} always" if layer["num_shared"] else ""
         error = record["layer_errors"].get(path)
         table.append(

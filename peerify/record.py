@@ -1,6 +1,7 @@
-"""peerify.json: how a converted model was made, and what was measured of it. Read and written here.
+"""The shapes of what peerify writes: peerify.json, which is read and written here, and the layers in config.json.
 
-It lies in folders that strangers hand out, so what is read is checked before anything uses it.
+peerify.json says how a converted model was made, and what was measured of it. Both lie in folders that strangers hand
+out, so what is read is checked before anything uses it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from peerify.errors import PeerifyError
@@ -130,6 +131,48 @@ class Record(TypedDict):
     training: NotRequired[Training | None]
 
 
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+@with_config(_MORE)
+class Layer(TypedDict):
+    """The keyword arguments of one `PEER`, an entry of config.json's "peer"."""
+
+    d_model: Count
+    num_experts: Count
+    grid: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    num_heads: Count
+    topk: Count
+    num_shared: Count
+    candidates: NotRequired[Count | None]
+    shortlist: NotRequired[Count | None]
+    query_dim: NotRequired[Count | None]
+    d_ff: NotRequired[Count | None]
+    activation: NotRequired[str]
+    gates: NotRequired[str]
+    rerank: NotRequired[str | None]
+    clamp: NotRequired[dict[str, float] | None]
+    gated: NotRequired[bool]
+    expert_bias: NotRequired[bool]
+    gate_bias: NotRequired[bool]
+    output_bias: NotRequired[bool]
+    share_pool: NotRequired[bool]
+    share_keys: NotRequired[bool]
+    joint_topk: NotRequired[bool]
+    share_query: NotRequired[bool]
+    query_norm: NotRequired[bool]
+    key_bias: NotRequired[bool]
+    estimate: NotRequired[bool]
+
+
+@with_config(_MORE)
+class Peer(TypedDict):
+    """The "peer" entry of a converted model's config.json."""
+
+    layers: dict[str, Layer]
+
+
+_PEER: TypeAdapter[Peer] = TypeAdapter(Peer)
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
@@ -159,6 +202,11 @@ def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
 def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result:
     """`result`, once it is known to be what `peerify eval --json` writes. Raises `fault`, which begins with `where`."""
     return _checked(_RESULT, result, where, fault, "give what `peerify eval --json` writes")
+
+
+def check_layers(config: Mapping[str, Any], where: str, fault: type[PeerifyError]) -> None:
+    """Raise `fault`, which begins with `where`, unless "peer" in a config.json is what peerify writes there."""
+    _checked(_PEER, config.get("peer"), f"{where}: peer", fault, "convert again")
 
 
 def write_record(folder: Path, record: Record) -> None:

@@ -16,6 +16,7 @@ from peerify.errors import CheckpointError
 from peerify.files import MODEL_FILES, matching, require_own
 from peerify.gguf import read_gguf
 from peerify.reading import local_path, printable, read_object, reason, shown
+from peerify.record import check_layers
 from peerify.weights import Shapes, check_weights, no_safetensors, weight_files
 
 MAX_LAYERS = 512  # in all parts together; no model has half of them, and following the data through takes 20 ms each
@@ -160,6 +161,8 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
     if dtype is not None and not isinstance(dtype, dict) and str(dtype).removeprefix("torch.") not in DTYPES:
         raise CheckpointError(f"{file}: dtype {shown(dtype)} is not one of {', '.join(DTYPES)}; is the file damaged?")
     check_sizes(file, config)
+    if "peer" in config:
+        check_layers(config, file, CheckpointError)
     return config
 
 
@@ -171,11 +174,11 @@ def check_sizes(label: str, config: dict[str, Any]) -> None:
             continue
         if _POSITIVE.fullmatch(key) and value < 1:
             raise CheckpointError(f"{label}: {shown(key)} is {shown(value)}, and must be at least 1")
-        most = MAX_LABELS if key == "num_labels" else MAX_SIZE if _SIZES.fullmatch(key) else None
-        if _LAYERS.fullmatch(key):
-            most, layers = MAX_LAYERS, layers + max(value, 0)
-        if most is not None and not abs(value) <= most:
+        is_depth = _LAYERS.fullmatch(key)
+        most = MAX_LAYERS if is_depth else MAX_LABELS if key == "num_labels" else MAX_SIZE
+        if (is_depth or key == "num_labels" or _SIZES.fullmatch(key)) and not abs(value) <= most:
             raise CheckpointError(f"{label}: {shown(key)} is {shown(value)}, more than {most:,}; is the file damaged?")
+        layers += max(value, 0) if is_depth else 0
     if layers > MAX_LAYERS:
         raise CheckpointError(f"{label} has {layers:,.0f} layers in all, more than {MAX_LAYERS}; is the file damaged?")
 

@@ -128,7 +128,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise UsageError(
                 f"--set {shown(override)[1:-1]}: write it as key=value, for example --set convert.gates=sigmoid"
             )
-        values[key.strip()] = parse_yaml(text, f"--set {key.strip()}", UsageError)
+        values[key.strip()] = parse_yaml(text, f"--set {printable(key.strip())}", UsageError)
     return flatten(values)
 
 

@@ -116,7 +116,8 @@ def put_optimizer_state(
         if parameter is None or parameter not in known:
             raise CheckpointError(f"{where} holds optimizer state for {printable(name)}, which does not train here")
         adam = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam)
-        if adam and not isinstance(state.get("step"), Tensor):
+        step = state.get("step")
+        if adam and not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 1):
             raise CheckpointError(f"{where} does not say how many steps {printable(name)} has taken; was it changed?")
         for key in ("exp_avg", "exp_avg_sq") if adam else ():
             if not isinstance(state.get(key), Tensor) or state[key].shape != parameter.shape:
