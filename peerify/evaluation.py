@@ -133,7 +133,9 @@ def evaluate_checkpoint(
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
     """
     from peerify.checkpoint import load_for_eval
-    from peerify.data import load_windows
+    from peerify.data import check_source, load_windows
+
+    check_source(data)  # a wrong name is told before a large model is read
 
     def load(name: str, revision: str | None) -> Any:
         if progress is not None:

@@ -17,7 +17,7 @@ from peerify.card import edited_card, write_card
 from peerify.checkpoint import DenseModel, atomic_folder, load_dense
 from peerify.config import PeerConfig
 from peerify.conversion import Conversion, Progress, convert
-from peerify.data import check_windows, load_windows
+from peerify.data import check_source, check_windows, load_windows
 from peerify.errors import ConversionError, OutputError
 from peerify.files import CARD
 from peerify.memory import peak_mb
@@ -66,6 +66,8 @@ def load_for_conversion(recipe: Recipe, progress: Progress | None) -> tuple[Dens
         PeerifyError: whatever is wrong with the model or the text.
     """
     tell = progress if progress is not None else lambda *_: None
+    for text in recipe.calibration.sources:
+        check_source(text)  # a wrong name is told before a large model is read
     tell(f"Loading {recipe.model}", 0, 1)
     dense = load_dense(
         recipe.model,

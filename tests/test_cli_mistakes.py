@@ -57,6 +57,9 @@ EVAL = ["eval", "llama", "--context", "32", "--data"]
         (["eval", "bert", "--context", "32", "--data", "text.txt"], 1, "BertForMaskedLM is not one"),
         (["eval", "mute", "--context", "32", "--data", "text.txt"], 1, "mute has no .*tokenizer"),
         ([*EVAL, "text.txt", "--against", "./missing"], 1, r"\./missing.*no such file or directory"),
+        # What costs nothing to see is told before a model is looked for.
+        (["eval", "./missing", "--data", "gone.txt"], 1, r"no such text file: gone\.txt"),
+        (["convert", "./missing", "out", "--calibration", "gone.txt"], 1, r"no such text file: gone\.txt"),
         (["convert"], 2, "model is missing: Dense model"),
         (["convert", "llama"], 2, "output is missing: Folder"),
         (

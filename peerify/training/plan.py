@@ -18,17 +18,16 @@ from peerify.recipe import Recipe
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training, run_folder, section
 from peerify.training.config import StageConfig, TrainConfig
+from peerify.training.footprint import memory_of
 
 Progress = Callable[[str, int, int], None]
-# Bytes of optimizer state per trainable parameter.
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 4.0, "galore": 8.0}
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """Trainable parameters, memory, tokens, steps and FLOPs of `recipe.train`.
 
-    Memory and FLOPs are estimates for one process: weights, gradients and optimizer state in full, activations as
-    what linear layers keep, logits. Two FLOPs are one multiply-add; attention's own products are counted, too.
+    Memory (`memory_of`) and FLOPs are estimates for one process. Two FLOPs are one multiply-add; attention's own
+    products are counted, too.
 
     Returns:
         ``{"parameters", "steps", "tokens", "batch_size", "context", "flops", "checkpoint_bytes", "stages": [...]}``;
@@ -121,24 +120,6 @@ def _stage(
     attention = text.num_hidden_layers * config.data.context * text.hidden_size  # causal: half of all pairs, twice
     # Forward; backward to the inputs; backward to what trains; forward of the teacher.
     per_token = 2 * (2 * used + min(trainable, used)) + (2 * teacher if needs_teacher else 0) + 8 * attention
-    micro = config.micro_batch_size or config.batch_size
-    at_once = micro * config.data.context
-    half = 2 if config.precision != "no" else 4
-    widths = sum(
-        module.out_features if isinstance(module, nn.Linear) else 4 * module.num_experts + module.d_model
-        for module in model.modules()
-        if isinstance(module, nn.Linear | PEER) and module is not model.get_output_embeddings()
-    )
-    if config.gradient_checkpointing:
-        widths = widths // max(1, text.num_hidden_layers) + text.hidden_size * text.num_hidden_layers
-    memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * trainable,
-        "optimizer": round(STATE_BYTES[stage.optimizer.name] * trainable),
-        "teacher": 4 * teacher if needs_teacher else 0,
-        "activations": at_once * widths * half,
-        "logits": at_once * text.vocab_size * (8 + (4 if stage.objectives.kl else 0)),
-    }
     names = [name for name, weight in stage.objectives.model_dump(exclude={"kl_topk"}).items() if weight]
     return {
         "stage": number,
@@ -151,7 +132,14 @@ def _stage(
         "optimizer": stage.optimizer.name,
         "lr": stage.optimizer.lr,
         "flops": per_token * tokens,
-        "memory": memory | {"total": sum(memory.values())},
+        "memory": memory_of(
+            model,
+            config,
+            stage,
+            parameters=parameters + counts.get("adapters", 0),
+            trainable=trainable,
+            teacher=teacher,
+        ),
     }
 
 

@@ -1,0 +1,85 @@
+"""How much memory a stage of training will take, from shapes alone.
+
+Suffixes: t tokens of a micro-batch, n experts, d d_model, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peerify.modeling_peer import PEER
+from peerify.training.config import StageConfig, TrainConfig
+
+PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
+# Bytes of optimizer state per trainable parameter.
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 4.0, "galore": 8.0}
+NORM_NUMBERS = 8  # float32 numbers a token leaves in a block's two norms and residual sums, in units of d_model
+SCORE_NUMBERS = 13  # numbers that an expert's score leaves for each token that teaches the router
+
+
+def memory_of(
+    model: Any, config: TrainConfig, stage: StageConfig, *, parameters: int, trainable: int, teacher: int
+) -> dict[str, int]:
+    """Bytes that one process holds at the most demanding moment of a stage, part by part, and their "total".
+
+    That moment is either the start of a step's backward pass, or the writing of a checkpoint, which copies weights and
+    optimizer state when gradients and activations are gone: "checkpoint" is what it takes on top.
+
+    Args:
+        model: the converted model, on the meta device, with the stage's parameters set to train.
+        config, stage: what will be done.
+        parameters, trainable: numbers of parameters, adapters included in the latter.
+        teacher: parameters of the dense teacher.
+    """
+    half = 2 if config.precision != "no" else 4
+    tokens = (config.micro_batch_size or config.batch_size) * config.data.context
+    text = model.config.get_text_config()
+    blocks = [_block_numbers(model, stage), text.num_hidden_layers * NORM_NUMBERS * text.hidden_size]
+    bytes_per_token = half * blocks[0] + 4 * blocks[1]
+    if config.gradient_checkpointing:  # one block's, and what goes into each
+        bytes_per_token = bytes_per_token // max(1, text.num_hidden_layers) + half * (
+            text.num_hidden_layers * text.hidden_size
+        )
+    kl = bool(stage.objectives.kl)
+    # The logits, those of the tokens that have a next one, and the gradients of both; the teacher's likewise.
+    logits = tokens * text.vocab_size * half * (4 + (2 if kl else 0))
+    optimizer = round(STATE_BYTES[stage.optimizer.name] * trainable)
+    held = {
+        "process": PROCESS,
+        "weights": 4 * parameters,
+        "optimizer": optimizer,
+        "teacher": 4 * teacher if stage.objectives.needs_teacher else 0,
+    }
+    step = {
+        "gradients": 4 * trainable,
+        "casts": 2 * parameters if half == 2 else 0,  # autocast keeps the half-precision copies of a step
+        "activations": tokens * bytes_per_token,
+        "logits": logits,
+    }
+    checkpoint = max(0, 4 * parameters + optimizer - sum(step.values()))
+    memory = held | step | {"checkpoint": checkpoint}
+    return memory | {"total": sum(memory.values())}
+
+
+def _block_numbers(model: Any, stage: StageConfig) -> int:
+    """Numbers that the linear and PEER layers keep for a token's backward pass."""
+    total = 0
+    head = model.get_output_embeddings()
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PEER):
+            inside |= {id(part) for part in module.modules()}
+            total += _peer_numbers(module, stage)
+        elif isinstance(module, nn.Linear) and module is not head and id(module) not in inside:
+            total += module.out_features
+    return total
+
+
+def _peer_numbers(layer: PEER, stage: StageConfig) -> int:
+    # Of each expert: its projections, the activated one, their product, its weight, and the weighted activation.
+    numbers = (4 if layer.pool.gate is None else 6) * layer.num_experts + layer.d_model
+    if layer.gates == "unit" and layer.chooses and stage.optimizer.router_scale > 0:
+        numbers += SCORE_NUMBERS * (layer.num_experts - layer.num_shared) // stage.router_every
+    return numbers
