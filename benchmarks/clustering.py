@@ -21,7 +21,7 @@ import torch
 from peerify.clustering import arrange
 from peerify.config import PeerConfig
 from peerify.dense import FeedForward
-from peerify.modeling_peer import ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
 from peerify.plan import plan_layer
 from peerify.router import fill_keys, fit_router, points
 

@@ -15,7 +15,7 @@ from peerify import _registration
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "PEER": "peerify.modeling_peer",
+    "PEER": "peerify.modeling.peer_layer",
     "CalibrationConfig": "peerify.recipe",
     "PeerConfig": "peerify.config",
     "PeerifyError": "peerify.errors",

@@ -10,7 +10,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MODELING = "peerify.modeling_peer"
+MODELING = "peerify.modeling.modeling_peer"
 
 
 class _Watch(MetaPathFinder):

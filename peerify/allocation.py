@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peerify.calibration import Batch, SiteData, on_device, walk
 from peerify.dense import replaced
 from peerify.feedforward import Site
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.plan import RERANK_RANK
 from peerify.recall import Recall
 

@@ -18,7 +18,8 @@ from peerify.dense import read_feedforward, replace
 from peerify.errors import ConversionError
 from peerify.feedforward import Site, calibrated_feedforwards, select_sites
 from peerify.layer import convert_layer, plan_for
-from peerify.modeling_peer import FORMAT, PEER, adopt
+from peerify.modeling.modeling_peer import FORMAT, adopt
+from peerify.modeling.peer_layer import PEER
 
 PROBE_ACTIVE = 0.5  # at which sensitivities are measured where no active share below 1 is given
 

@@ -29,9 +29,13 @@ PROCESSOR_FILES = (
 )
 # What is read of a model folder, by peerify and by transformers.
 MODEL_FILES = ("*.json", "*.safetensors", CARD, *PROCESSOR_FILES)
+# The code beside the weights of a converted model: what its auto_map names, and all that this imports.
+ENTRY = "modeling_peer.py"
+CODE_FOLDER = Path(__file__).parent / "modeling"
+CODE = (ENTRY, *sorted(path.name for path in CODE_FOLDER.glob("peer_*.py")))
 # What peerify writes beside the files that it copies from the source model, which peerify.json lists.
 _WRITTEN = {
-    *("config.json", "generation_config.json", "modeling_peer.py", MARKER, CARD),
+    *("config.json", "generation_config.json", *CODE, MARKER, CARD),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"),
 }
 _CHECKPOINT = {"run.json", "optimizer.pt", MARKER}

@@ -17,7 +17,7 @@ from peerify.config import PeerConfig
 from peerify.dense import FeedForward
 from peerify.feedforward import Site
 from peerify.masks import activations, project
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.plan import RERANK_RANK, plan_layer, splits
 from peerify.refine import refine
 from peerify.refit import fit_outputs, relative_error

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerify.modeling_peer import FAR_BELOW
+from peerify.modeling.peer_selection import FAR_BELOW
 
 
 def cell_scores(keys: Any, row_tha: Tensor, column_thb: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from peerify import __version__, frontmatter, loadback
 from peerify.card import fresh_card, write_card
 from peerify.errors import PublishError, UsageError
-from peerify.files import CARD, MARKER, WEIGHTS, everything, require_own
+from peerify.files import CARD, CODE, CODE_FOLDER, ENTRY, MARKER, WEIGHTS, everything, require_own
 from peerify.hub_calls import need_hub, ref_fault
 from peerify.output import alive
 from peerify.reading import local_path, printable, read_object
@@ -27,7 +26,6 @@ from peerify.transfer import LocalFile, need_token, page, require, set_tag, tran
 from peerify.weights import INDEX, check_weights, weight_files
 
 Progress = Callable[[str, int, int], None]
-CODE = "modeling_peer.py"
 # Left behind unless asked for: what belongs to a training run, not to the model.
 NOT_THE_MODEL = (
     *("checkpoint-*/*", "optimizer*", "scheduler*", "sampler*", "random_states*", "rng_state*", "trainer_state*"),
@@ -180,7 +178,7 @@ def check_folder(folder: Path, include: Sequence[str] = (), exclude: Sequence[st
     weights = weight_files(folder, str(folder))
     index = [INDEX] if weights != ["model.safetensors"] else []
     record = read_record(folder, PublishError)
-    needed = ["config.json", MARKER, CARD, CODE, *index, *weights, *record.get("files", [])]
+    needed = ["config.json", MARKER, CARD, *CODE, *index, *weights, *record.get("files", [])]
     for name in needed:
         if not (folder / name).is_file():
             raise PublishError(
@@ -214,29 +212,32 @@ def _check_options(repo: str, revision: str | None, tag: str | None, create_pr: 
 
 
 def _check_code(folder: Path) -> None:
-    ours = (resources.files("peerify") / CODE).read_bytes()
-    path = folder / CODE
-    if not path.is_file():
-        raise PublishError(f"{path} is missing: nobody could load the model; convert again, or copy it from peerify")
-    if path.read_bytes() != ours:
-        raise PublishError(
-            f"{path} is not the one of this peerify ({__version__}); convert again with this version, or replace it "
-            f"with {resources.files('peerify') / CODE}"
-        )
+    for name in CODE:
+        path = folder / name
+        if not path.is_file():
+            raise PublishError(
+                f"{path} is missing: nobody could load the model; convert again with this peerify ({__version__}), or "
+                f"copy {', '.join(CODE)} from {CODE_FOLDER}"
+            )
+        if path.read_bytes() != (CODE_FOLDER / name).read_bytes():
+            raise PublishError(
+                f"{path} is not the one of this peerify ({__version__}); convert again with this version, or replace "
+                f"it with {CODE_FOLDER / name}"
+            )
 
 
 def _refuse_code(folder: Path) -> None:
     """Refuse code of a stranger's, which loading the folder would run: files of it, and names of it in the configs."""
     auto_map = read_object(folder / "config.json", PublishError).get("auto_map")
     named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
-    ours = CODE.removesuffix(".py") + "."
+    ours = ENTRY.removesuffix(".py") + "."
     if not all(isinstance(name, str) and name.startswith(ours) and "--" not in name for name in named):
-        raise PublishError(f"{folder}/config.json names code other than {CODE} in its auto_map; convert again")
+        raise PublishError(f"{folder}/config.json names code other than {ENTRY} in its auto_map; convert again")
     remedy = "read it, then pass --trust-remote-code"
     for name in everything(folder):
         if (folder / name).is_dir():  # a link, behind which there may be code
             raise PublishError(f"{printable(name)} in {folder} is a link to a folder; put the folder itself there")
-        if name.endswith(".py") and name != CODE:
+        if name.endswith(".py") and name not in CODE:
             raise PublishError(f"{folder} holds {printable(name)}, code that peerify did not write; {remedy}")
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists() and "auto_map" in read_object(tokenizer, PublishError):

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peerify.masks import among_logs, among_sizes, at_least, cell_scores, threshold
-from peerify.modeling_peer import PEER, ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
+from peerify.modeling.peer_layer import PEER
 from peerify.precision import fast_products
 
 BATCH = 512  # tokens

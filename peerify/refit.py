@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peerify.masks import activations, project
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.precision import fast_products, product_dtype
 
 CHUNK_ELEMENTS = 4_000_000  # of the (tokens, n) activations computed at a time

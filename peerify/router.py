@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from peerify.clustering import two_way
 from peerify.dense import FeedForward
-from peerify.modeling_peer import ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
 from peerify.precision import fast_products
 
 CHUNK = 2048  # tokens at a time: bounds the (tokens, d_ff) activations in memory

@@ -36,7 +36,7 @@ def load_config(found: Source, trust_remote_code: bool) -> PretrainedConfig:
         CheckpointError: transformers does not know it, cannot use it, or may not run its code.
     """
     if found.converted:
-        from peerify.modeling_peer import register
+        from peerify.modeling.modeling_peer import register
 
         register()
     elif not found.gguf:
@@ -73,9 +73,9 @@ def model_class(found: Source, config: PretrainedConfig) -> Any:
     """
     name = next(iter(found.config.get("architectures") or config.architectures or []), "")
     if found.converted:
-        import peerify.modeling_peer as modeling
+        from peerify.modeling import modeling_peer
 
-        cls = getattr(modeling, name, None)
+        cls = getattr(modeling_peer, name, None)
         if not is_native(cls):
             raise CheckpointError(f"{found.name}: this peerify does not know the class {shown(name)}")
         return cls

@@ -22,6 +22,8 @@ from pathlib import Path
 from hub_handler import Handler
 from hub_repos import WRITER, Repo
 
+from peerify.files import CODE
+
 
 @dataclass
 class Fault:
@@ -159,7 +161,7 @@ class Hub:
                 lost = [f.sha256 for f in files.values() if f.sha256 and not self.has(f.sha256)]
                 index = files.get("model.safetensors.index.json")
                 wanted = set(json.loads(index.data)["weight_map"].values()) if index else {"model.safetensors"}
-                coded = b"modeling_peer" not in files["config.json"].data or "modeling_peer.py" in files
+                coded = b"modeling_peer" not in files["config.json"].data or files.keys() >= set(CODE)
                 if not wanted <= set(weights) or lost or not coded:
                     found.append(f"{name}@{commit}")
         return found

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peerify.modeling_peer import PEER, ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
+from peerify.modeling.peer_layer import PEER
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "linear": lambda x: x}
 

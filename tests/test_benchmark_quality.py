@@ -289,7 +289,7 @@ def test_names_and_options_of_methods() -> None:
         assert parse_method(name).identity(0.5) == parse_method(name).identity(0.5) != parse_method(name).identity(0.25)
     assert parse_method("peerify+seed=3").identity(0.5) != parse_method("peerify").identity(0.5)
     names = {path.stem for path in conversion_code()}
-    assert {"conversion", "router", "clustering", "plan", "refit", "modeling_peer", "calibration"} <= names
+    assert {"conversion", "router", "clustering", "plan", "refit", "modeling_peer", "peer_keys", "calibration"} <= names
     assert not {"config", "recipe", "cli", "card"} & names
     for wrong, word in (("nonsense", "oracle"), ("oracle+k=1", "no options"), ("peerify+seed", "key=value")):
         with pytest.raises(UsageError, match=word):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from peerify.modeling import modeling_peer as modeling
 import pytest
 import torch
 from checkpoints import text_file, tiny_checkpoint
@@ -17,16 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-import peerify.modeling_peer as modeling
 import peerify.refit as fitting
 from peerify import calibration
 from peerify.config import PeerConfig
 from peerify.conversion import Conversion, convert
 from peerify.dense import FeedForward
 from peerify.errors import ConversionError
+from peerify.files import CODE
 from peerify.folder import convert_checkpoint
 from peerify.layer import convert_layer
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.recipe import CalibrationConfig, Recipe
 
 
@@ -337,6 +338,6 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
         }
 
     first = run("first", 3)
-    assert {"model.safetensors", "config.json", "modeling_peer.py", "peerify.json", "README.md"} <= first.keys()
+    assert {"model.safetensors", "config.json", *CODE, "peerify.json", "README.md"} <= first.keys()
     assert run("the second", 3) == first
     assert run("another", 4)["model.safetensors"] != first["model.safetensors"]

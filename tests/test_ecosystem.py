@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peerify.config import PeerConfig
 from peerify.conversion import convert
 from peerify.errors import UsageError
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.recipe import Recipe
 
 DECODERS = ("llama", "qwen3", "gpt2", "gpt_neox", "opt")
@@ -253,7 +253,7 @@ def test_config_says_what_the_backends_ask(family: str) -> None:
     assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(config.auto_map)
     module, name = config.auto_map["AutoModel"].split(".")
     assert module == "modeling_peer"
-    import peerify.modeling_peer as modeling
+    from peerify.modeling import modeling_peer as modeling
 
     base = getattr(modeling, name)
     assert not name.endswith(("LMHeadModel", "ForCausalLM")), "the backends put a head of their own on the base model"

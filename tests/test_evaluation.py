@@ -14,7 +14,7 @@ from torch import nn
 
 from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.evaluation import evaluate, perplexity
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 
 
 def random_windows(rows: int, context: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import transformers
 import yaml
 from checkpoints import text_file, tiny_checkpoint
 
-from peerify import modeling_peer
+from peerify.files import CODE, CODE_FOLDER
 from peerify.folder import convert_checkpoint
 from peerify.recipe import CalibrationConfig, Recipe
 
@@ -43,7 +43,7 @@ def test_card_record_and_code(tmp_path: Path, family: str, loader: str | None) -
     assert record["calibration"]["tokens"] == 512
     assert record["versions"]["transformers"] == transformers.__version__
     assert record["layer_errors"].keys() == json.loads((out / "config.json").read_text())["peer"]["layers"].keys()
-    assert Path(modeling_peer.__file__).read_bytes() == (out / "modeling_peer.py").read_bytes()
+    assert all((CODE_FOLDER / name).read_bytes() == (out / name).read_bytes() for name in CODE)
     for path in out.iterdir():
         if path.suffix in (".json", ".md", ".py"):
             assert str(tmp_path) not in path.read_text(encoding="utf-8"), f"{path.name} tells where it was made"

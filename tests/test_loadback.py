@@ -22,7 +22,7 @@ from peerify.errors import OutputError
 from peerify.examples import candidates
 from peerify.feedforward import find_feedforwards
 from peerify.layer import exact_layer
-from peerify.modeling_peer import FORMAT, adopt
+from peerify.modeling.modeling_peer import FORMAT, adopt
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SMALL, "image_size": 16, "patch_size": 4}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerify.masks import project, selected, threshold
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.refit import _activations
 
 

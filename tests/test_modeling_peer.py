@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peerify.config import PeerConfig
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.plan import plan_layer
 
 POOLS = [  # share_pool, joint_topk, heads, experts to retrieve for a grid of 3 x 4

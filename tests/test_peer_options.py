@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 
 
 @pytest.mark.parametrize(

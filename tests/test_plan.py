@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peerify.config import PeerConfig
 from peerify.errors import ConversionError
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.plan import plan_layer
 
 

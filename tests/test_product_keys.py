@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peer_reference import best, normals, randomise, score_of_every_cell
 from torch.nn import functional as F
 
-from peerify.modeling_peer import PEER, ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
+from peerify.modeling.peer_layer import PEER
 
 
 @st.composite

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from peerify import cli, publishing
 from peerify.errors import PeerifyError, PublishError
+from peerify.files import CODE_FOLDER
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ from peerify.errors import PeerifyError, PublishError
         "peerify.json",
         "README.md",
         "modeling_peer.py",
+        "peer_keys.py",
         "model.safetensors",
         "tokenizer.json",
         "generation_config.json",
@@ -45,7 +47,7 @@ def test_folders_that_are_not_ready(folder: Path, tmp_path: Path) -> None:
     refused(r"not a converted model: it has no peerify\.json", tiny_checkpoint(tmp_path / "tiny"))
     (folder / "modeling_peer.py").write_text((folder / "modeling_peer.py").read_text() + "\n")
     refused(r"modeling_peer\.py is not the one of this peerify")
-    shutil.copy(Path(publishing.__file__).parent / "modeling_peer.py", folder)
+    shutil.copy(CODE_FOLDER / "modeling_peer.py", folder)
     publishing.check_folder(folder)
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[:-10])

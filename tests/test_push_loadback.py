@@ -76,8 +76,8 @@ def test_what_differs_is_said(folder: Path, hub: Hub, tmp_path: Path) -> None:
     files["config.json"].data = json.dumps(config | {"rms_norm_eps": 0.1}).encode()
     refused("the weights are the same, but its logits differ by up to")
     files["config.json"].data = json.dumps(config).encode()
-    names.remove("modeling_peer.py")
-    del files["modeling_peer.py"]
+    names.remove("peer_keys.py")
+    del files["peer_keys.py"]
     refused("could not be loaded back")
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 18}))
     with pytest.raises(PublishError, match="does not load"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerify.masks import threshold
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.refine import SoftTopK, _Router, refine
 from peerify.refit import relative_error
 

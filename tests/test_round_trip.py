@@ -18,6 +18,7 @@ from tiny import FAMILIES, VOCAB, inputs_for, logits
 
 from peerify.config import PeerConfig
 from peerify.conversion import convert
+from peerify.files import CODE
 
 # Runs before anything else in the other process: peerify cannot be imported there, wherever it is installed.
 BLOCK = """
@@ -111,7 +112,7 @@ root = pathlib.Path(sys.argv[1])
 for name, auto in json.loads((root / "models.json").read_text()).items():
     inputs, expected = load_file(root / f"{name}.inputs"), load_file(root / f"{name}.logits")["logits"]
     model = getattr(transformers, auto).from_pretrained(root / name).eval()
-    assert type(model).__module__ == "peerify.modeling_peer", type(model)
+    assert type(model).__module__ == "peerify.modeling.modeling_peer", type(model)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits.float(), expected), name
     model.save_pretrained(root / (name + "-friend"))
@@ -210,8 +211,8 @@ def test_fixture_is_what_it_says(folder: Path) -> None:
     config = json.loads((folder / "opt-spliced" / "config.json").read_text())
     assert config["model_type"] == "peer_opt"
     assert len(config["peer"]["identities"]) == 4
-    code = Path(__file__).parent.parent / "peerify" / "modeling_peer.py"
-    assert all((folder / name / "modeling_peer.py").read_bytes() == code.read_bytes() for name in MODELS)
+    code = Path(__file__).parent.parent / "peerify" / "modeling"
+    assert all((folder / name / file).read_bytes() == (code / file).read_bytes() for name in MODELS for file in CODE)
 
 
 def test_without_peerify(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from peerify import router
 from peerify.clustering import arrange, two_way
 from peerify.dense import FeedForward
-from peerify.modeling_peer import ProductKeys
+from peerify.modeling.peer_keys import ProductKeys
 from peerify.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from training_layers import ESTIMATING, PLAIN, peer
 
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.training import routing
 from peerify.training.routing import Router
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 
 
 def peer(**options: Any) -> PEER:

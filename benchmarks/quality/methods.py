@@ -24,7 +24,7 @@ import peerify
 from peerify.calibration import token_batches
 from peerify.errors import UsageError
 from peerify.feedforward import Site, calibrated_feedforwards, select_sites
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "peerify": {},
@@ -213,14 +213,20 @@ def conversion_code() -> list[Path]:
     would have everything measured again.
     """
     package = Path(peerify.__file__).parent
+
+    def file_of(name: str) -> Path:
+        return package.joinpath(*name.split(".")).with_suffix(".py")
+
     found, todo = set[str](), ["conversion"]
     while todo:
         name = todo.pop()
-        if name in found or name in ELSEWHERE or not (package / f"{name}.py").exists():
+        if name in found or name in ELSEWHERE or not file_of(name).exists():
             continue
         found.add(name)
-        todo += re.findall(r"^ *from peerify\.(\w+) import", (package / f"{name}.py").read_text("utf-8"), re.MULTILINE)
-    return [package / f"{name}.py" for name in sorted(found)]
+        text, folder = file_of(name).read_text("utf-8"), name.rpartition(".")[0]
+        todo += re.findall(r"^ *from peerify\.([\w.]+) import", text, re.MULTILINE)
+        todo += [f"{folder}.{module}" for module in re.findall(r"^ *from \.(\w+) import", text, re.MULTILINE)]
+    return [file_of(name) for name in sorted(found)]
 
 
 def _digest(files: list[Path]) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from peerify.checkpoint import load_skeleton
 from peerify.errors import ConversionError
 from peerify.feedforward import find_feedforwards, select_sites
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 from peerify.plan import plan_layer
 from peerify.recipe import Recipe
 from peerify.training import groups

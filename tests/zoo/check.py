@@ -15,7 +15,7 @@ from torch import nn
 from peerify.dense import read_feedforward, replace
 from peerify.feedforward import Site, find_feedforwards
 from peerify.layer import exact_layer
-from peerify.modeling_peer import FORMAT, adopt
+from peerify.modeling.modeling_peer import FORMAT, adopt
 
 TOLERANCE = 1e-5
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peerify import PeerConfig, convert
-from peerify.modeling_peer import PEER
+from peerify.modeling.peer_layer import PEER
 
 STRANGER = """
 import sys, torch

@@ -1,0 +1,269 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""The transformers classes of models with PEER layers.
+
+This folder's files need torch and transformers only. They are part of the peerify package *and* are copied verbatim
+beside the weights of every converted model, so that ``from_pretrained(..., trust_remote_code=True)`` works without
+peerify. The layer is in peer_layer.py; it retrieves experts by peer_keys.py and evaluates those of peer_experts.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
+from transformers.models.auto import configuration_auto
+
+from .peer_layer import PEER
+
+FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
+# The files that travel beside the weights: this one, and what it imports.
+FILES = ("modeling_peer.py", "peer_layer.py", "peer_keys.py", "peer_experts.py", "peer_selection.py")
+
+
+class _Removed(nn.Identity):
+    """Where the second half of a feed-forward layer was that has no module of its own.
+
+    Some architectures initialise the weights of its linear layers from above, by name: they find empty ones.
+    """
+
+    weight = property(lambda self: torch.empty(0, 1))
+    bias = property(lambda self: torch.empty(0, 1))
+
+
+def _gone(layer: PEER, name: str) -> Any:
+    """`PEER.__getattr__` while weights are initialised."""
+    try:
+        return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        return _Removed()
+
+
+def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
+    """Put PEER layers and identities where `peer` says. Idempotent; parts that this model class lacks are passed over.
+
+    Raises:
+        ValueError: `peer` was written by a newer peerify, or names no module of this model.
+    """
+    if peer["format"] > FORMAT:
+        raise ValueError(
+            f"the config's `peer` entry has format {peer['format']} and this modeling_peer.py reads up to {FORMAT}: "
+            "update peerify, or load with trust_remote_code=True to use the file beside the weights"
+        )
+    prefix = model.base_model_prefix + "."
+    found = 0
+    children = [name + "." for name, _ in model.named_children()]
+    for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
+        # Heads of one architecture may hold the same base model under names of their own.
+        below = path.partition(".")[2]
+        renamed = (path.removeprefix(prefix), prefix + path, below, prefix + below)
+        for candidate in (path, *renamed, *(child + path for child in children)):
+            try:
+                old = model.get_submodule(candidate)
+            except AttributeError:
+                continue
+            found += 1
+            if not isinstance(old, PEER if new is not None else nn.Identity):
+                model.set_submodule(candidate, PEER(**new) if new is not None else _Removed())
+            break
+    if peer["layers"] and not found:
+        raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
+
+
+def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
+    """`config`, or its text part where `model_class` is built from that.
+
+    Auto classes load text models out of larger ones, with the config of the whole, which has the layers by their names
+    in the whole.
+    """
+    dense = model_class.config_class.__base__
+    if isinstance(config, dense) or config.sub_configs.get("text_config") is not dense:
+        return config
+
+    def inside(path: str) -> str:
+        """The rest of a path that leads into the language model; empty for others."""
+        below = (f".{path}".partition(f".{holder}.")[2] for holder in ("language_model", "text_model"))
+        return next(filter(None, below), "")
+
+    peer = config.peer  # type: ignore[attr-defined]
+    own = {
+        "format": peer["format"],
+        "layers": {inside(path): layer for path, layer in peer["layers"].items() if inside(path)},
+        "identities": [inside(path) for path in peer["identities"] if inside(path)],
+    }
+    return _adopt_config(copy.deepcopy(config.get_text_config()), model_class, own)
+
+
+class PeerModelMixin:
+    """What a transformers class needs to hold PEER layers; comes before the architecture's own class."""
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_own_part(config, type(self)), *args, **kwargs)  # type: ignore[call-arg]
+
+    def post_init(self) -> None:
+        _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
+        # The models inside listed their tied weights when they still had the layers that are now replaced. Innermost
+        # first: each list holds those of the children.
+        for part in reversed([*self.modules()][1:]):  # type: ignore[attr-defined]
+            if isinstance(part, PreTrainedModel) and hasattr(part, "all_tied_weights_keys"):
+                part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=False)
+                for name, child in part.named_children():
+                    tied = getattr(child, "all_tied_weights_keys", None) or {}
+                    part.all_tied_weights_keys.update({f"{name}.{k}": f"{name}.{v}" for k, v in tied.items()})
+        super().post_init()  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        # The architecture's `_init_weights` knows nothing of these parameters, nor would a sub-model's be asked.
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, PEER):
+                module.reset_parameters()
+        # For classes from elsewhere, transformers leaves out modules without parameters of their own; but some
+        # architectures fill the buffers of their parts there (Falcon-H1).
+        # Others initialise the layers of a block by name (V-JEPA 2): what is gone lets everything be done to it.
+        self.is_custom_code = lambda: False
+        PEER.__getattr__ = _gone  # type: ignore[assignment, method-assign]
+        try:
+            super().initialize_weights()  # type: ignore[misc]
+        finally:
+            del self.is_custom_code, PEER.__getattr__
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        # transformers copies the code of classes that came from a repository, not of registered ones.
+        if kwargs.get("is_main_process", True):
+            for name in FILES:
+                shutil.copyfile(Path(__file__).parent / name, Path(save_directory) / name)
+
+
+def _auto_classes() -> dict[str, type]:
+    """The Auto classes that build models, by name."""
+    from transformers.models.auto import modeling_auto
+
+    return {
+        name: value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and getattr(value, "_model_mapping", None) is not None
+    }
+
+
+def _heads(model_type: str, preferred: str | None = None) -> dict[str, str]:
+    """Auto class name -> class name, for every head that an architecture has."""
+    heads = {}
+    for auto, cls in _auto_classes().items():
+        names = cls._model_mapping._model_mapping.get(model_type)  # type: ignore[attr-defined]
+        if names:
+            names = [names] if isinstance(names, str) else list(names)
+            heads[auto] = str(preferred if preferred in names else names[0])
+    return heads
+
+
+def __getattr__(name: str) -> type:
+    """Make `Peer<Class>` for a transformers class on demand (PEP 562), so that auto_map and pickle find it."""
+    base_name = name.removeprefix("Peer")
+    base = getattr(transformers, base_name, None) if base_name != name and base_name else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(base, PretrainedConfig):
+        members: dict[str, Any] = {
+            "model_type": "peer_" + base.model_type,
+            "__module__": __name__,
+            "__qualname__": name,
+        }
+        cls = type(name, (base,), members)
+        globals()[name] = cls
+        _register(cls, base)
+    elif issubclass(base, PreTrainedModel):
+        dense_config: Any = base.config_class
+        config_name = "Peer" + dense_config.__name__
+        config_class: Any = globals().get(config_name) or __getattr__(config_name)
+        members = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
+        cls = globals()[name] = type(name, (PeerModelMixin, base), members)
+        # transformers skips the renaming of checkpoint keys for classes that are not its own.
+        # Under the type where the original has it under the type: a model inside a model then counts once.
+        for dense_key, key in ((base_name, name), (dense_config.model_type, config_class.model_type)):
+            mapping = conversion_mapping.get_checkpoint_conversion_mapping(dense_key)
+            if mapping is not None:
+                conversion_mapping.register_checkpoint_conversion_mapping(key, mapping, overwrite=True)
+    else:
+        raise AttributeError(f"{base_name} is neither a configuration nor a model of transformers")
+    return cls
+
+
+def _register(config_class: type, base: type) -> None:
+    """Make the Auto classes know a Peer config: generic heads build their backbone with AutoModel.from_config."""
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
+    autos = _auto_classes()
+    for auto, model_name in _heads(base.model_type).items():  # type: ignore[attr-defined]
+        dense = getattr(transformers, model_name, None)
+        if not isinstance(dense, type) or not issubclass(dense, PreTrainedModel):
+            continue  # not exported, or a stand-in for what lacks a package
+        # Some Auto classes name a model for a type whose config it cannot take: a part of a larger one, not its text.
+        parts = {name: part for name, part in base.sub_configs.items() if name != "text_config"}  # type: ignore[attr-defined]
+        if dense.config_class in parts.values():
+            continue
+        model = globals().get("Peer" + model_name) or __getattr__("Peer" + model_name)
+        # Not by the Auto class's own `register`, which insists on the model's own config class: ShieldGemma 2 builds
+        # Gemma 3 with its config.
+        autos[auto]._model_mapping.register(config_class, model, exist_ok=True)  # type: ignore[attr-defined]
+
+
+def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
+    """Make a dense model whose modules have been replaced an instance of its Peer class, in place.
+
+    Args:
+        model: an instance of a class of transformers; its PEER layers and identities are already in place.
+        peer: the config entry: {"format", "layers": {path: keyword arguments of PEER}, "identities": [path]}.
+
+    Raises:
+        ValueError: the class of `model` is not part of transformers.
+    """
+    name = type(model).__name__
+    if getattr(transformers, name, None) is not type(model):
+        raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
+    model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
+    _adopt_config(model.config, type(model), peer)
+    return model
+
+
+def _adopt_config(config: PretrainedConfig, model_class: Any, peer: dict[str, Any]) -> PretrainedConfig:
+    """Make a dense config that of a Peer class, in place, and say in it where the classes of this file are."""
+    model_type, name = type(config).model_type, model_class.__name__
+    config.__class__ = model_class.config_class
+    config.__dict__.pop("model_type", None)  # an instance attribute of the dense type would shadow the class's
+    config.peer = peer
+    config.auto_map = {"AutoConfig": f"modeling_peer.{type(config).__name__}"}
+    heads = _heads(model_type, name.removeprefix("Peer"))
+    config.auto_map |= {auto: f"modeling_peer.Peer{head}" for auto, head in heads.items()}
+    config.architectures = [name]
+    return config
+
+
+class _PeerConfigs(dict):  # type: ignore[type-arg]
+    """Extra entries of transformers' config mapping: `peer_<type>` for every type it knows, made when asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (isinstance(key, str) and self._base(key) is not None)
+
+    def __missing__(self, key: str) -> type:
+        base = self._base(key)
+        if base is None:
+            raise KeyError(key)
+        return globals().get("Peer" + base) or __getattr__("Peer" + base)
+
+    @staticmethod
+    def _base(key: str) -> str | None:
+        return (
+            configuration_auto.CONFIG_MAPPING_NAMES.get(key.removeprefix("peer_")) if key.startswith("peer_") else None
+        )
+
+
+def register() -> None:
+    """Let transformers load converted models of every architecture without trust_remote_code. Idempotent."""
+    mapping = configuration_auto.CONFIG_MAPPING
+    if not isinstance(mapping._extra_content, _PeerConfigs):
+        mapping._extra_content = _PeerConfigs(mapping._extra_content)

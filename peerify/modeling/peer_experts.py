@@ -1,0 +1,232 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""The experts of a PEER layer: their tables, and their evaluation.
+
+Shape suffixes: t tokens, d d_model, n experts, c candidates, s the shortlisted of them, k experts that are added up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .peer_keys import Retrieved, activation_module
+from .peer_selection import FAR_BELOW, best
+
+
+class ExpertPool(nn.Module):
+    """The tables of single-neuron experts, and their evaluation for given indices.
+
+    A module of its own, so that offload and sharding hooks see every access, and two layers that share the module
+    share the experts. Row i of `u`, `gate` and `v` is expert i's input, gate and output vector. The first
+    `num_shared` experts take part for every token.
+
+    With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
+    contribution |a_i| ||v_i|| is largest are shortlisted. The estimate of its logarithm is
+    log |probed factor| + log rerank_scale + rerank_slope * retrieval score: the score speaks for the other factor.
+    Once both projections of the shortlisted are known, so is |a_i|, and only the largest contributions are added up.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        activation: str,
+        gated: bool,
+        expert_bias: bool,
+        gate_bias: bool,
+        num_shared: int,
+        rerank: str | None,
+        clamp: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if rerank not in (None, "up", "gate") or (rerank == "gate" and not gated):
+            raise ValueError(f"rerank must be None, 'up' or (for gated experts) 'gate', not {rerank!r}")
+        self.num_shared, self.rerank = num_shared, rerank
+        self.act = activation_module(activation)
+        self.act.to(torch.get_default_dtype())  # xIELU has parameters, in bfloat16
+        self.clamp = clamp or {}
+        self.u = nn.Parameter(torch.empty(num_experts, d_model))
+        self.v = nn.Parameter(torch.empty(num_experts, d_model))
+        self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
+        self.u_bias = nn.Parameter(torch.empty(num_experts)) if expert_bias else None
+        self.gate_bias = nn.Parameter(torch.empty(num_experts)) if gated and gate_bias else None
+        # What one unit of the probing projection is worth, E|other factor| ||v_i||. Parameters, though no gradient
+        # reaches them: what loads and offloads weights piece by piece may pass buffers over.
+        self.rerank_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank else None
+        self.rerank_slope = nn.Parameter(torch.empty(1), requires_grad=False) if rerank else None
+        # ||v_i|| as of the last fit: the rows of `v` that are left out need not be read to know.
+        self.rerank_norm = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank and gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation; leaves weights alone that transformers has already loaded."""
+        for table in (self.u, self.v, self.gate):
+            if table is not None:
+                init.normal_(table, std=table.shape[1] ** -0.5)
+        for bias in (self.u_bias, self.gate_bias):
+            if bias is not None:
+                init.zeros_(bias)
+        for scale in (self.rerank_scale, self.rerank_norm):
+            if scale is not None:
+                init.ones_(scale)
+        if self.rerank_slope is not None:
+            init.zeros_(self.rerank_slope)
+
+    def forward(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
+        """Weighted sum of experts, (t, d).
+
+        Args:
+            x_td: tokens.
+            found: candidates of each token; None: all experts, each with weight 1.
+            shortlist: how many candidates both projections are evaluated of (all of them, unless `rerank`).
+            keep: how many of those are added up (all of them, unless there is `rerank_norm`).
+        """
+        # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
+        if found is not None and 3 * found.index_tc.numel() < self.u.shape[0]:
+            return self._gathered(x_td, found, shortlist, keep)
+        return self.activations(x_td, found, shortlist, keep) @ self.v
+
+    def weights(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
+        """Gate values (t, n) of the experts that `forward` adds up, 0 for all others."""
+        return self._dense(x_td, found, shortlist, keep)[1]
+
+    def activations(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
+        """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not added.
+
+        All experts by dense products: for many tokens and few experts.
+        """
+        a_tn, weight_tn = self._dense(x_td, found, shortlist, keep)
+        return a_tn * weight_tn
+
+    def _dense(
+        self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations of all experts and their weights, each (t, n)."""
+        u_tn = F.linear(x_td, self.u, self.u_bias)
+        gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
+        a_tn = self._activate(u_tn, gate_tn)
+        if found is None and shortlist >= self.u.shape[0] - self.num_shared:
+            weight_tn = x_td.new_ones(1, 1).expand_as(a_tn)
+        else:
+            probe_tn = gate_tn if gate_tn is not None and self.rerank == "gate" else u_tn
+            weight_tn = self._spread(x_td, found, probe_tn, shortlist)
+        if self.rerank_norm is not None and keep < shortlist:
+            routed = slice(self.num_shared, None)
+            size_tn = self._contribution(a_tn[:, routed], self.rerank_norm[routed])
+            size_tn *= weight_tn[:, routed].abs().to(size_tn.dtype) - 1e-12  # negative for those out; see `best`
+            kept_tn = torch.zeros_like(size_tn).scatter_(1, best(size_tn, keep), 1.0)
+            weight_tn = weight_tn * F.pad(kept_tn.to(weight_tn.dtype), (self.num_shared, 0), value=1.0)
+        return a_tn, weight_tn
+
+    def _gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, keep: int) -> torch.Tensor:
+        """Only the candidates' rows are read: for few tokens or many experts."""
+        index_tc, weight_tc, score_tc = found
+
+        def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
+            y = torch.einsum("td,tcd->tc", x_td, table[index])
+            return y if bias is None else y + bias[index]
+
+        if self.rerank_scale is not None and shortlist < index_tc.shape[1]:
+            probe_tc = project(*self._probed(), index_tc)
+            worth_tc = self.worth(probe_tc, weight_tc, score_tc, self.rerank_scale[index_tc])
+            best_ts = best(worth_tc, shortlist)
+            index_tc, weight_tc = index_tc.gather(1, best_ts), weight_tc.gather(1, best_ts)
+        u_ts = project(self.u, self.u_bias, index_tc)
+        gate_ts = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
+        a_tk, index_tk = self._activate(u_ts, gate_ts) * weight_tc.to(x_td.dtype), index_tc
+        if self.rerank_norm is not None and keep < shortlist:
+            best_tk = best(self._contribution(a_tk, self.rerank_norm[index_tk]), keep)
+            a_tk, index_tk = a_tk.gather(1, best_tk), index_tk.gather(1, best_tk)
+        y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
+        return y_td + self._shared(x_td) if self.num_shared else y_td
+
+    def _shared(self, x_td: torch.Tensor) -> torch.Tensor:
+        """What the experts that take part for every token say."""
+
+        def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return F.linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])
+
+        gate = None if self.gate is None else project(self.gate, self.gate_bias)
+        return self._activate(project(self.u, self.u_bias), gate) @ self.v[: self.num_shared]
+
+    @torch.no_grad()
+    def update_norm(self) -> None:
+        """Bring `rerank_norm`, if there is one, up to date."""
+        if self.rerank_norm is not None:
+            self.rerank_norm.copy_(self.v.norm(dim=1))
+
+    @torch.no_grad()
+    def _contribution(self, a: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Sizes |a_i| ||v_i|| of what experts add."""
+        size = a.abs()  # a copy, so the rest is done in place: memory is what this costs
+        size = size if size.dtype == torch.float64 else size.float()
+        return size.mul_(norm)
+
+    @torch.no_grad()
+    def worth(
+        self, probe: torch.Tensor, weight: torch.Tensor | None, score: torch.Tensor | None, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Logarithm of an expert's estimated contribution, to re-rank by; below all others where its weight is 0.
+
+        Args:
+            probe: its probed projection.
+            weight, score: its gate value (None: 1) and retrieval score.
+            scale: its `rerank_scale`.
+        """
+        size = self._size(probe)  # a copy, so the rest is done in place: memory is what this costs
+        size = (size if size.dtype == torch.float64 else size.float()).mul_(scale)
+        if weight is None:
+            worth = size.log_()
+        else:
+            out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
+            worth = size.mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)
+        return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
+
+    def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Table and bias of the projection that re-ranks."""
+        if self.rerank == "gate" and self.gate is not None:
+            return self.gate, self.gate_bias
+        return self.u, self.u_bias
+
+    def _activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return self.act(u) if gate is None else self._act(gate) * self._up(u)
+
+    def _act(self, gate: torch.Tensor) -> torch.Tensor:
+        """The activated gate projections, within their limits where the dense layer has any."""
+        if "gate" in self.clamp:
+            gate = gate.clamp(max=self.clamp["gate"])
+        a = self.act(gate)
+        return a.clamp(max=self.clamp["act"]) if "act" in self.clamp else a
+
+    def _up(self, u: torch.Tensor) -> torch.Tensor:
+        if "up" in self.clamp:
+            u = u.clamp(-self.clamp["up"], self.clamp["up"])
+        return u + self.clamp["shift"] if "shift" in self.clamp else u
+
+    def _size(self, projected: torch.Tensor) -> torch.Tensor:
+        """Size of the factor of a_i that the probing projection determines."""
+        return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
+
+    def _spread(
+        self, x_td: torch.Tensor, found: Retrieved | None, probe_tn: torch.Tensor, shortlist: int
+    ) -> torch.Tensor:
+        """Candidate weights scattered over all experts, cut to the `shortlist` worthiest where `rerank`."""
+        tokens, experts, shared = x_td.shape[0], self.u.shape[0], self.num_shared
+        score_tn = None
+        if found is None:
+            weight_tn = x_td.new_ones(tokens, experts)
+        else:
+            weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, found.index_tc, found.weight_tc.to(x_td.dtype))
+        if self.rerank_scale is not None and shortlist < experts - shared:
+            if found is not None and found.score_tc is not None:
+                score_tn = torch.zeros_like(weight_tn, dtype=found.score_tc.dtype)
+                score_tn = score_tn.scatter_add(1, found.index_tc, found.score_tc.detach())
+            worth_tn = self.worth(probe_tn, weight_tn, score_tn, self.rerank_scale)
+            best_ts = best(worth_tn[:, shared:], shortlist) + shared
+            weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, best_ts, 1.0)
+        if shared:
+            weight_tn = torch.cat([weight_tn.new_ones(tokens, shared), weight_tn[:, shared:]], dim=1)
+        return weight_tn

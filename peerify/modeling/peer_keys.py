@@ -1,0 +1,217 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""Product-key retrieval: which experts of a PEER layer a token's query finds.
+
+Shape suffixes: t tokens, d d_model, n experts, h heads, a grid rows, b grid columns, m rows + columns, c candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .peer_selection import best
+
+
+def activation_module(name: str) -> nn.Module:
+    """An activation function by transformers' name for it, or "linear"."""
+    return nn.Identity() if name == "linear" else ACT2FN[name]
+
+
+class ProductKeys(nn.Module):
+    """Product-key retrieval: the best-scoring cells of one grid per head.
+
+    Heads that share the pool (the paper) all search the same `grid`; otherwise head h owns the experts
+    h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end; they are never retrieved.
+    The query is x itself (`query_dim=None`: sub-keys live in the model's space), a projection of x for each head whose
+    halves meet row and column keys (the paper), or one low-rank projection of x that all sub-keys of all heads meet
+    (`share_query`). A grid of one row makes its columns plain keys: every cell has a key of its own.
+
+    With `estimate`, such keys do not score experts but estimate the projections that their activation function is
+    applied to, z_i, gate_i . x or for plain experts u_i . x, from the query alone. The score is then the logarithm of
+    the size that the expert is likely to have, log_scale_i + log sqrt(E act(z_i + e_i)^2), where e_i ~ N(0,
+    deviation_i^2) is what the query leaves out.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_keys: int,
+        grid: tuple[int, int],
+        num_heads: int,
+        *,
+        share_pool: bool,
+        share_keys: bool,
+        query_dim: int | None,
+        query_norm: bool,
+        key_bias: bool,
+        share_query: bool = False,
+        estimate: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
+        self.share_pool, self.share_query = share_pool, share_query
+        rows, columns = self.grid
+        spare = (1 if share_pool else num_heads) * rows * columns - num_keys
+        if not 0 <= spare < rows * columns:
+            raise ValueError(
+                f"grid {rows}x{columns} with {num_heads} heads (share_pool={share_pool}) does not fit "
+                f"{num_keys} experts: it leaves {spare} spare cells, and 0 to {rows * columns - 1} are allowed"
+            )
+        # Cells fill row by row, so only the last grid has rows that are empty or partly filled.
+        self.full_rows, self.tail = divmod(rows * columns - spare, columns)
+        if share_keys and num_heads > 1 and (query_dim is None or share_query):
+            raise ValueError("share_keys needs a query of its own for each head: give query_dim, not share_query")
+        self.query_proj: nn.Linear | None = None
+        self.query_norm: nn.BatchNorm1d | None = None
+        key_dim = d_model
+        if query_dim is not None:
+            if query_dim % 2 and not share_query:
+                raise ValueError(f"query_dim {query_dim} must be even: its halves meet row and column keys")
+            queries = query_dim * (1 if share_query else num_heads)
+            self.query_proj = nn.Linear(d_model, queries, bias=False)
+            key_dim = query_dim if share_query else query_dim // 2
+            self.query_norm = nn.BatchNorm1d(queries) if query_norm else None
+        elif query_norm or share_query:
+            raise ValueError("query_norm and share_query are for projected queries: give query_dim as well")
+        key_heads = 1 if share_keys else num_heads
+        self.sub_keys = nn.Parameter(torch.empty(key_heads, rows + columns, key_dim))
+        self.sub_key_bias = nn.Parameter(torch.empty(key_heads, rows + columns)) if key_bias else None
+        self.act: nn.Module | None = None
+        self.log_scale: nn.Parameter | None = None
+        self.deviation: nn.Parameter | None = None
+        if estimate is not None:
+            if rows != 1 or num_heads != 1 or not share_query:
+                raise ValueError("estimate needs a key for each expert: a grid of one row, one head and share_query")
+            self.act = activation_module(estimate)
+            self.log_scale = nn.Parameter(torch.empty(num_keys))
+            self.deviation = nn.Parameter(torch.empty(num_keys), requires_grad=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation; leaves weights alone that transformers has already loaded.
+
+        query_proj and query_norm are modules of torch, which initialise themselves.
+        """
+        init.normal_(self.sub_keys, std=self.sub_keys.shape[-1] ** -0.5)
+        if self.sub_key_bias is not None:
+            init.zeros_(self.sub_key_bias)
+        if self.log_scale is not None:
+            init.zeros_(self.log_scale)
+        if self.deviation is not None:
+            init.ones_(self.deviation)
+
+    def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
+        row_tha, column_thb = self.products(x_td).split(self.grid, dim=-1)
+        return row_tha, column_thb if self.act is None else self._log_size(column_thb)
+
+    def _log_size(self, z_tn: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the size that experts of the estimated projections `z_tn` are likely to have."""
+        assert self.act is not None
+        assert self.log_scale is not None
+        assert self.deviation is not None
+        # The expectation by Gauss-Hermite quadrature of three nodes, exact for polynomials of degree 5; in place, since
+        # memory is what this costs.
+        step_n = 3**0.5 * self.deviation.to(z_tn.dtype)
+        low_tn, middle_tn, high_tn = self.act(z_tn - step_n), self.act(z_tn), self.act(z_tn + step_n)
+        square_tn = (low_tn * low_tn).addcmul_(high_tn, high_tn).addcmul_(middle_tn, middle_tn, value=4)
+        offset_n = self.log_scale.to(z_tn.dtype) - math.log(6) / 2
+        return square_tn.clamp_min(1e-20).log().mul_(0.5).add_(offset_n)
+
+    def products(self, x_td: torch.Tensor) -> torch.Tensor:
+        """Sub-keys times queries, with biases: (t, h, m)."""
+        tokens, heads = x_td.shape[0], self.num_heads
+        query = x_td if self.query_proj is None else self.query_proj(x_td)
+        if self.query_norm is not None:
+            # Batch statistics of a single token do not exist: use the running ones, as in evaluation.
+            if self.training and tokens == 1:
+                norm = self.query_norm
+                query = F.batch_norm(query, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            else:
+                query = self.query_norm(query)
+        if self.query_proj is None or self.share_query:
+            score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, len(self.sub_keys), sum(self.grid))
+        else:
+            half_th2r = query.view(tokens, heads, 2, self.sub_keys.shape[-1])
+            row_key, column_key = self.sub_keys.split(self.grid, dim=1)
+            row_tha = torch.einsum("thr,har->tha", half_th2r[:, :, 0], row_key.expand(heads, -1, -1))
+            column_thb = torch.einsum("thr,hbr->thb", half_th2r[:, :, 1], column_key.expand(heads, -1, -1))
+            score_thm = torch.cat([row_tha, column_thb], dim=-1)
+        if self.sub_key_bias is not None:
+            score_thm = score_thm + self.sub_key_bias
+        # Sums of two half-precision scores tie far too often for a sharp top-k.
+        return score_thm if score_thm.dtype == torch.float64 else score_thm.float()
+
+    def forward(self, x_td: torch.Tensor, topk: int, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best experts of each token.
+
+        Args:
+            x_td: tokens (t, d_model).
+            topk: experts for each head, or for all heads together where `joint`.
+            joint: one budget shared by all heads (the heads then search grids of their own).
+
+        Returns:
+            (index, score), each (t, h, topk), or (t, 1, topk) where `joint`. Where a head has fewer experts than
+            `topk`, the rest has score -inf.
+        """
+        index_thc, score_thc = self._candidates(*self.sub_scores(x_td), topk)
+        if joint:
+            index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]
+        if score_thc.shape[-1] > topk:
+            kept_thc = best(score_thc, topk)
+            score_thc, index_thc = score_thc.gather(-1, kept_thc), index_thc.gather(-1, kept_thc)
+        return index_thc, score_thc
+
+    def _candidates(
+        self, row_tha: torch.Tensor, column_thb: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells among which the `topk` best of each head surely are, with their scores."""
+        rows, columns = self.grid
+        device, tail_thb = row_tha.device, None
+        grids = torch.arange(self.num_heads, device=device)[:, None] * (0 if self.share_pool else rows * columns)
+        if self.full_rows < rows:  # spare cells: drop the incomplete rows of the last grid, look at its tail apart
+            is_last = torch.ones(self.num_heads, dtype=torch.bool, device=device)
+            is_last[:-1] = self.share_pool
+            incomplete_ha = is_last[:, None] & (torch.arange(rows, device=device) >= self.full_rows)
+            if self.tail:
+                filled_hb = is_last[:, None] & (torch.arange(columns, device=device) < self.tail)
+                tail_thb = row_tha[..., self.full_rows, None] + column_thb
+                tail_thb = tail_thb.masked_fill(~filled_hb, -math.inf)
+            row_tha = row_tha.masked_fill(incomplete_ha, -math.inf)
+
+        if topk * topk < rows * columns:
+            # With rows and columns sorted, (i+1)(j+1) cells are at least as good as cell (i, j): only those pairs
+            # with (i+1)(j+1) <= topk can be among the best, about k ln k instead of k^2.
+            row_tha, row_index = row_tha.topk(min(topk, rows), dim=-1)
+            column_thb, column_index = column_thb.topk(min(topk, columns), dim=-1)
+            pairs = [
+                (i, j) for i in range(row_tha.shape[-1]) for j in range(min(topk // (i + 1), column_thb.shape[-1]))
+            ]
+            i, j = torch.tensor(pairs, device=device).unbind(1)
+            score_thc = row_tha[..., i] + column_thb[..., j]
+            index_thc = row_index[..., i] * columns + column_index[..., j] + grids
+        else:
+            score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
+            index_thc = (torch.arange(rows * columns, device=device) + grids).expand_as(score_thc)
+        if tail_thb is not None:
+            tail_index = grids + self.full_rows * columns + torch.arange(columns, device=device)
+            score_thc = torch.cat([score_thc, tail_thb], dim=-1)
+            index_thc = torch.cat([index_thc, tail_index.expand_as(tail_thb)], dim=-1)
+        return index_thc, score_thc
+
+
+class Retrieved(NamedTuple):
+    """What product keys found for each token."""
+
+    index_tc: torch.Tensor
+    """Candidates."""
+    weight_tc: torch.Tensor
+    """Their gate values; 0 leaves a candidate out."""
+    score_tc: torch.Tensor | None
+    """Their scores; None where several heads search one pool, so that an expert may have several."""
