@@ -174,8 +174,8 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         f"retrieving them another {record['router_fraction']:.1%}.",
         "## How to load it",
         _snippet(loader(config), record.get("files", []), name),
-        "The code is `modeling_peer.py`, and what it imports, beside the weights; it needs torch and transformers 5.17 or "
-        "newer.",
+        "The code is `modeling_peer.py` and what it imports, beside the weights; it needs torch and transformers 5.17 "
+        "or newer.",
         "## Base model and licence",
         f"Base model: {origin}. "
         + (f"This model stays under its licence, {licence}." if licence else "This model stays under its licence."),

@@ -16,7 +16,6 @@ from peerify.clustering import arrange
 from peerify.config import PeerConfig
 from peerify.dense import FeedForward
 from peerify.feedforward import Site
-from peerify.masks import activations, project
 from peerify.modeling.peer_layer import PEER
 from peerify.plan import RERANK_RANK, plan_layer, splits
 from peerify.refine import refine
@@ -170,7 +169,7 @@ def _choose(
     probes = list(fit.probe_scale_f) if rerank == "auto" else [rerank]
     step = max(1, len(data.x_td) // PROBE_TOKENS)
     x_td, y_td = data.x_td[::step], data.y_td[::step]
-    projected = project(layer, x_td) if layer.gates == "unit" else None
+    products = layer.products(x_td)
 
     def use(probe: str, budget: tuple[int, int, int]) -> None:
         layer.set_budget(*budget)
@@ -183,8 +182,8 @@ def _choose(
 
     def error(option: tuple[str, tuple[int, int, int]]) -> float:
         use(*option)
-        a_tn = layer.activations(x_td) if projected is None else activations(layer, projected)
-        return relative_error(a_tn @ layer.pool.v + (0.0 if layer.bias is None else layer.bias), y_td)
+        experts_td = layer.activations(x_td, products) @ layer.pool.v
+        return relative_error(experts_td + (0.0 if layer.bias is None else layer.bias), y_td)
 
     options = [(probe, budgets[0]) for budgets in splits for probe in probes]
     probe, budget = min(options, key=error) if len(options) > 1 else options[0]

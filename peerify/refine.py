@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peerify.masks import among_logs, among_sizes, at_least, cell_scores, threshold
 from peerify.modeling.peer_keys import ProductKeys
 from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_selection import among_logs, among_sizes, at_least, cell_scores, threshold
 from peerify.precision import fast_products
 
 BATCH = 512  # tokens
@@ -88,7 +88,7 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     pool, shared, tiny = layer.pool, layer.num_shared, torch.finfo(x_td.dtype).tiny
     u_tn = F.linear(x_td, pool.u, pool.u_bias).to(x_td.dtype)
     gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias).to(x_td.dtype)
-    a_tn = pool._activate(u_tn, gate_tn)
+    a_tn = pool.activate(u_tn, gate_tn)
     score_tn = router.scores(x_td)
     with torch.no_grad():
         gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
@@ -102,7 +102,7 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     if router.log_scale_n is not None and layer.shortlist < layer.candidates:
         with torch.no_grad():
             probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
-            probed_tn = pool._size(probe_tn).clamp_min(1e-30).log()
+            probed_tn = pool.rerank_factor(probe_tn).clamp_min(1e-30).log()
         worth_tn = probed_tn + router.log_scale_n + router.slope * score_tn
         among_tn = among_logs(worth_tn, candidate_tn)
         least_t1 = threshold(among_tn, layer.shortlist)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peerify.masks import activations, project
 from peerify.modeling.peer_layer import PEER
 from peerify.precision import fast_products, product_dtype
 
@@ -58,7 +57,7 @@ def fit_outputs(layer: PEER, x_td: Tensor, target_td: Tensor, *, refit: bool) ->
 
 def _activations(layer: PEER, x_td: Tensor) -> Tensor:
     with fast_products(x_td):
-        a_tn = layer.activations(x_td) if layer.gates != "unit" else activations(layer, project(layer, x_td))
+        a_tn = layer.activations(x_td)
     return a_tn.to(product_dtype(x_td))
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from peerify.modeling import modeling_peer as modeling
 import pytest
 import torch
 from checkpoints import text_file, tiny_checkpoint
@@ -27,6 +26,7 @@ from peerify.errors import ConversionError
 from peerify.files import CODE
 from peerify.folder import convert_checkpoint
 from peerify.layer import convert_layer
+from peerify.modeling import modeling_peer as modeling
 from peerify.modeling.peer_layer import PEER
 from peerify.recipe import CalibrationConfig, Recipe
 
@@ -97,8 +97,8 @@ def test_exact_through_the_router(options: dict[str, Any], seed: int) -> None:
     conversion, expected, inputs = converted("llama", seed, **options)
     for layer in conversion.model.modules():
         if isinstance(layer, PEER):
-            assert layer._retrieve(torch.zeros(1, 32)) is None
-    with patch.object(PEER, "chooses", True):
+            assert layer.retrieve(torch.zeros(1, 32)) is None
+    with patch.object(PEER, "needs_routing", True):
         assert relative_error(logits(conversion.model, inputs), expected) <= 1e-5
 
 

@@ -103,9 +103,9 @@ def test_every_combination_is_the_formula(gates: str, seed: int) -> None:
             assert torch.allclose(layer.activations(x_td), a_tn, rtol=1e-9, atol=1e-9), about
             # An activation that is exactly 0 (gelu of -9) leaves nothing for re-ranking to tell the expert by.
             assert torch.equal(layer.active_experts(x_td) & (a_tn != 0), active_tn & (a_tn != 0)), about
-            found = layer._retrieve(x_td)
+            found = layer.retrieve(x_td)
             if found is not None:
-                gathered = layer.pool._gathered(x_td, found, layer.shortlist, layer.topk) + bias
+                gathered = layer.pool.gathered(x_td, found, layer.shortlist, layer.topk) + bias
                 assert torch.allclose(gathered, y_td, rtol=1e-9, atol=1e-9), about
         # No more experts than the compute that active_fraction reports, and never fewer than the shared ones.
         active = active_tn.sum(1)
@@ -119,13 +119,13 @@ def test_few_tokens_gather_and_many_multiply(monkeypatch: pytest.MonkeyPatch, se
     layer = make(seed, d_model=5, num_experts=64, grid=(8, 8), num_heads=1, topk=4, gates="sigmoid", share_keys=False)
     x_td = normals(40, 5, seed=seed + 1)
     calls = []
-    gathered = layer.pool._gathered
+    gathered = layer.pool.gathered
 
     def count(*args: Any) -> Tensor:
         calls.append(len(args[0]))
         return gathered(*args)
 
-    monkeypatch.setattr(layer.pool, "_gathered", count)
+    monkeypatch.setattr(layer.pool, "gathered", count)
     with torch.no_grad():
         together = layer(x_td)
         assert calls == []
@@ -182,13 +182,13 @@ def test_everything_retrieved_is_the_dense_layer(
         dense = F.linear(hidden, pool.v.T, layer.bias)
         torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         assert layer.active_experts(x_td).all()
-        with patch.object(PEER, "chooses", True):  # no shortcut: each head goes through its product keys
-            routed = layer._retrieve(x_td)
+        with patch.object(PEER, "needs_routing", True):  # no shortcut: each head goes through its product keys
+            routed = layer.retrieve(x_td)
             assert routed is not None
             torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         bias = 0 if layer.bias is None else layer.bias
         torch.testing.assert_close(
-            pool._gathered(x_td, routed, layer.shortlist, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10
+            pool.gathered(x_td, routed, layer.shortlist, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10
         )
 
 

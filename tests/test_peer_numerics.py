@@ -36,9 +36,9 @@ def test_gradients_are_finite_differences(case: dict[str, Any], gather: bool, tr
         parts = dict(zip(names, values, strict=True))
         if not gather:
             return torch.func.functional_call(layer, parts, (x_td,))
-        retrieved = torch.func.functional_call(_Method(layer, "_retrieve"), _below(parts), (x_td,))
+        retrieved = torch.func.functional_call(_Method(layer, "retrieve"), _below(parts), (x_td,))
         y_td = torch.func.functional_call(
-            _Method(layer.pool, "_gathered"),
+            _Method(layer.pool, "gathered"),
             _below({name[5:]: value for name, value in parts.items() if name.startswith("pool.")}),
             (x_td, retrieved, layer.shortlist, layer.topk),
         )
@@ -88,7 +88,7 @@ def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
     with torch.no_grad():
         half_td = half(x_td)
         # Rounding may change what is retrieved, never what is then computed of it.
-        weight_tn = half.pool.weights(x_td, half._retrieve(x_td), half.shortlist, half.topk).double()
+        weight_tn = half.weights(x_td, half.products(x_td)).double()
         pool, x_td = layer.pool, x_td.double()
         assert pool.gate is not None
         a_tn = pool.act(F.linear(x_td, pool.gate, pool.gate_bias)) * F.linear(x_td, pool.u, pool.u_bias)

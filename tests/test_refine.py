@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerify.masks import threshold
 from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_selection import threshold
 from peerify.refine import SoftTopK, _Router, refine
 from peerify.refit import relative_error
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_keys import Retrieved, activation_module
-from .peer_selection import FAR_BELOW, best
+from .peer_selection import FAR_BELOW, topk_indices
 
 
 class ExpertPool(nn.Module):
@@ -75,54 +75,21 @@ class ExpertPool(nn.Module):
         if self.rerank_slope is not None:
             init.zeros_(self.rerank_slope)
 
-    def forward(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
-        """Weighted sum of experts, (t, d).
+    def products(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Up and gate projections, and activations, of all experts by dense products: each (t, n)."""
+        u_tn = F.linear(x_td, self.u, self.u_bias)
+        gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
+        return u_tn, gate_tn, self.activate(u_tn, gate_tn)
+
+    def gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, keep: int) -> torch.Tensor:
+        """Weighted sum of experts, (t, d), for which only the candidates' rows are read.
 
         Args:
             x_td: tokens.
-            found: candidates of each token; None: all experts, each with weight 1.
-            shortlist: how many candidates both projections are evaluated of (all of them, unless `rerank`).
+            found: candidates of each token.
+            shortlist: how many of them both projections are evaluated of (all of them, unless `rerank`).
             keep: how many of those are added up (all of them, unless there is `rerank_norm`).
         """
-        # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
-        if found is not None and 3 * found.index_tc.numel() < self.u.shape[0]:
-            return self._gathered(x_td, found, shortlist, keep)
-        return self.activations(x_td, found, shortlist, keep) @ self.v
-
-    def weights(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
-        """Gate values (t, n) of the experts that `forward` adds up, 0 for all others."""
-        return self._dense(x_td, found, shortlist, keep)[1]
-
-    def activations(self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int) -> torch.Tensor:
-        """What multiplies each expert's output vector, (t, n): gate value times activation, 0 if not added.
-
-        All experts by dense products: for many tokens and few experts.
-        """
-        a_tn, weight_tn = self._dense(x_td, found, shortlist, keep)
-        return a_tn * weight_tn
-
-    def _dense(
-        self, x_td: torch.Tensor, found: Retrieved | None, shortlist: int, keep: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Activations of all experts and their weights, each (t, n)."""
-        u_tn = F.linear(x_td, self.u, self.u_bias)
-        gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
-        a_tn = self._activate(u_tn, gate_tn)
-        if found is None and shortlist >= self.u.shape[0] - self.num_shared:
-            weight_tn = x_td.new_ones(1, 1).expand_as(a_tn)
-        else:
-            probe_tn = gate_tn if gate_tn is not None and self.rerank == "gate" else u_tn
-            weight_tn = self._spread(x_td, found, probe_tn, shortlist)
-        if self.rerank_norm is not None and keep < shortlist:
-            routed = slice(self.num_shared, None)
-            size_tn = self._contribution(a_tn[:, routed], self.rerank_norm[routed])
-            size_tn *= weight_tn[:, routed].abs().to(size_tn.dtype) - 1e-12  # negative for those out; see `best`
-            kept_tn = torch.zeros_like(size_tn).scatter_(1, best(size_tn, keep), 1.0)
-            weight_tn = weight_tn * F.pad(kept_tn.to(weight_tn.dtype), (self.num_shared, 0), value=1.0)
-        return a_tn, weight_tn
-
-    def _gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, keep: int) -> torch.Tensor:
-        """Only the candidates' rows are read: for few tokens or many experts."""
         index_tc, weight_tc, score_tc = found
 
         def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
@@ -131,15 +98,15 @@ class ExpertPool(nn.Module):
 
         if self.rerank_scale is not None and shortlist < index_tc.shape[1]:
             probe_tc = project(*self._probed(), index_tc)
-            worth_tc = self.worth(probe_tc, weight_tc, score_tc, self.rerank_scale[index_tc])
-            best_ts = best(worth_tc, shortlist)
-            index_tc, weight_tc = index_tc.gather(1, best_ts), weight_tc.gather(1, best_ts)
+            rerank_tc = self.rerank_score(probe_tc, weight_tc, score_tc, self.rerank_scale[index_tc])
+            top_ts = topk_indices(rerank_tc, shortlist)
+            index_tc, weight_tc = index_tc.gather(1, top_ts), weight_tc.gather(1, top_ts)
         u_ts = project(self.u, self.u_bias, index_tc)
         gate_ts = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
-        a_tk, index_tk = self._activate(u_ts, gate_ts) * weight_tc.to(x_td.dtype), index_tc
+        a_tk, index_tk = self.activate(u_ts, gate_ts) * weight_tc.to(x_td.dtype), index_tc
         if self.rerank_norm is not None and keep < shortlist:
-            best_tk = best(self._contribution(a_tk, self.rerank_norm[index_tk]), keep)
-            a_tk, index_tk = a_tk.gather(1, best_tk), index_tk.gather(1, best_tk)
+            top_tk = topk_indices(self.contribution(a_tk, self.rerank_norm[index_tk]), keep)
+            a_tk, index_tk = a_tk.gather(1, top_tk), index_tk.gather(1, top_tk)
         y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
         return y_td + self._shared(x_td) if self.num_shared else y_td
 
@@ -150,7 +117,7 @@ class ExpertPool(nn.Module):
             return F.linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])
 
         gate = None if self.gate is None else project(self.gate, self.gate_bias)
-        return self._activate(project(self.u, self.u_bias), gate) @ self.v[: self.num_shared]
+        return self.activate(project(self.u, self.u_bias), gate) @ self.v[: self.num_shared]
 
     @torch.no_grad()
     def update_norm(self) -> None:
@@ -159,14 +126,14 @@ class ExpertPool(nn.Module):
             self.rerank_norm.copy_(self.v.norm(dim=1))
 
     @torch.no_grad()
-    def _contribution(self, a: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    def contribution(self, a: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Sizes |a_i| ||v_i|| of what experts add."""
         size = a.abs()  # a copy, so the rest is done in place: memory is what this costs
         size = size if size.dtype == torch.float64 else size.float()
         return size.mul_(norm)
 
     @torch.no_grad()
-    def worth(
+    def rerank_score(
         self, probe: torch.Tensor, weight: torch.Tensor | None, score: torch.Tensor | None, scale: torch.Tensor
     ) -> torch.Tensor:
         """Logarithm of an expert's estimated contribution, to re-rank by; below all others where its weight is 0.
@@ -176,14 +143,14 @@ class ExpertPool(nn.Module):
             weight, score: its gate value (None: 1) and retrieval score.
             scale: its `rerank_scale`.
         """
-        size = self._size(probe)  # a copy, so the rest is done in place: memory is what this costs
+        size = self.rerank_factor(probe)  # a copy, so the rest is done in place: memory is what this costs
         size = (size if size.dtype == torch.float64 else size.float()).mul_(scale)
         if weight is None:
-            worth = size.log_()
+            result = size.log_()
         else:
-            out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `best`
-            worth = size.mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)
-        return worth if score is None or self.rerank_slope is None else worth.addcmul_(score, self.rerank_slope)
+            out = weight.clone().eq_(0)  # as numbers; these stay different from each other, see `topk_indices`
+            result = size.mul_(weight.abs() + out).log_().sub_(out, alpha=FAR_BELOW)
+        return result if score is None or self.rerank_slope is None else result.addcmul_(score, self.rerank_slope)
 
     def _probed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Table and bias of the projection that re-ranks."""
@@ -191,7 +158,8 @@ class ExpertPool(nn.Module):
             return self.gate, self.gate_bias
         return self.u, self.u_bias
 
-    def _activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    def activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Activations a_i of experts from their projections: what multiplies their output vectors."""
         return self.act(u) if gate is None else self._act(gate) * self._up(u)
 
     def _act(self, gate: torch.Tensor) -> torch.Tensor:
@@ -206,27 +174,6 @@ class ExpertPool(nn.Module):
             u = u.clamp(-self.clamp["up"], self.clamp["up"])
         return u + self.clamp["shift"] if "shift" in self.clamp else u
 
-    def _size(self, projected: torch.Tensor) -> torch.Tensor:
+    def rerank_factor(self, projected: torch.Tensor) -> torch.Tensor:
         """Size of the factor of a_i that the probing projection determines."""
         return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
-
-    def _spread(
-        self, x_td: torch.Tensor, found: Retrieved | None, probe_tn: torch.Tensor, shortlist: int
-    ) -> torch.Tensor:
-        """Candidate weights scattered over all experts, cut to the `shortlist` worthiest where `rerank`."""
-        tokens, experts, shared = x_td.shape[0], self.u.shape[0], self.num_shared
-        score_tn = None
-        if found is None:
-            weight_tn = x_td.new_ones(tokens, experts)
-        else:
-            weight_tn = x_td.new_zeros(tokens, experts).scatter_add(1, found.index_tc, found.weight_tc.to(x_td.dtype))
-        if self.rerank_scale is not None and shortlist < experts - shared:
-            if found is not None and found.score_tc is not None:
-                score_tn = torch.zeros_like(weight_tn, dtype=found.score_tc.dtype)
-                score_tn = score_tn.scatter_add(1, found.index_tc, found.score_tc.detach())
-            worth_tn = self.worth(probe_tn, weight_tn, score_tn, self.rerank_scale)
-            best_ts = best(worth_tn[:, shared:], shortlist) + shared
-            weight_tn = weight_tn * torch.zeros_like(weight_tn).scatter_(1, best_ts, 1.0)
-        if shared:
-            weight_tn = torch.cat([weight_tn.new_ones(tokens, shared), weight_tn[:, shared:]], dim=1)
-        return weight_tn

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .peer_selection import best
+from .peer_selection import topk_indices
 
 
 def activation_module(name: str) -> nn.Module:
@@ -164,7 +164,7 @@ class ProductKeys(nn.Module):
         if joint:
             index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]
         if score_thc.shape[-1] > topk:
-            kept_thc = best(score_thc, topk)
+            kept_thc = topk_indices(score_thc, topk)
             score_thc, index_thc = score_thc.gather(-1, kept_thc), index_thc.gather(-1, kept_thc)
         return index_thc, score_thc
 

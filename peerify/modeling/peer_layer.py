@@ -15,13 +15,27 @@ c candidates (all heads together), s the shortlisted of them, k experts evaluate
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
 from .peer_experts import ExpertPool
 from .peer_keys import ProductKeys, Retrieved
+from .peer_selection import cell_scores, kept, select
+
+
+class Products(NamedTuple):
+    """What a layer computes of its input by dense products with all keys and experts."""
+
+    score_thn: torch.Tensor | None
+    """Retrieval scores, with unit gates where anything depends on them; see `cell_scores`."""
+    u_tn: torch.Tensor
+    gate_tn: torch.Tensor | None
+    a_tn: torch.Tensor
+    """Activations of all experts."""
 
 
 class PEER(nn.Module):
@@ -134,11 +148,11 @@ class PEER(nn.Module):
     def set_budget(self, topk: int, shortlist: int, candidates: int) -> None:
         """Experts added up, shortlisted and retrieved for each head."""
         rows, columns = self.keys.grid
-        # In all heads together; `_per_head` is what one call of the retrieval is asked for.
+        # In all heads together; `per_head` is what one call of the retrieval is asked for.
         self.candidates = min(self.num_heads * candidates, self.keys.num_keys)
         self.shortlist = min(self.num_heads * shortlist, self.keys.num_keys)
         self.topk = min(self.num_heads * topk, self.keys.num_keys)
-        self._per_head = self.candidates if self.joint_topk else min(candidates, rows * columns)
+        self.per_head = self.candidates if self.joint_topk else min(candidates, rows * columns)
 
     def reset_parameters(self) -> None:
         """Random initialisation; leaves weights alone that transformers has already loaded."""
@@ -150,25 +164,82 @@ class PEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        y_td = self.pool(x_td, self._retrieve(x_td), self.shortlist, self.topk)
+        found = self.retrieve(x_td) if self._gathers(len(x_td)) else None
+        if found is None:
+            y_td = self.activations(x_td) @ self.pool.v
+        else:
+            y_td = self.pool.gathered(x_td, found, self.shortlist, self.topk)
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)
 
-    def activations(self, x_td: torch.Tensor) -> torch.Tensor:
-        """What multiplies each expert's output vector, (t, n): 0 for experts that are not added up."""
-        return self.pool.activations(x_td, self._retrieve(x_td), self.shortlist, self.topk)
+    def _gathers(self, tokens: int) -> bool:
+        """Whether reading the candidates' rows takes less time than multiplying with all experts."""
+        # A gathered row is read, written and read again; a dense product reads each table once for all tokens.
+        return self.needs_routing and 3 * tokens * self.candidates < self.num_experts
+
+    def activations(self, x_td: torch.Tensor, products: Products | None = None) -> torch.Tensor:
+        """What multiplies each expert's output vector, (t, n): 0 for experts that are not added up.
+
+        By dense products with all experts: for many tokens and few experts.
+
+        Args:
+            products: as `products` gives them for x_td, if they are known.
+        """
+        products = self.products(x_td) if products is None else products
+        weight_tn = self.weights(x_td, products)
+        return products.a_tn if weight_tn is None else products.a_tn * weight_tn
 
     @torch.no_grad()
     def active_experts(self, x_td: torch.Tensor) -> torch.Tensor:
         """Which experts are added up for each token: bool (t, n)."""
-        return self.pool.weights(x_td, self._retrieve(x_td), self.shortlist, self.topk) != 0
+        weight_tn = self.weights(x_td, self.products(x_td))
+        if weight_tn is None:
+            return torch.ones(len(x_td), self.num_experts, dtype=torch.bool, device=x_td.device)
+        return weight_tn != 0
 
-    def _retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
-        """Candidates of each token; None: all experts, each with weight 1."""
-        if not self.chooses:
+    def products(self, x_td: torch.Tensor) -> Products:
+        """All products of x_td with this layer that do not depend on what is selected."""
+        score_thn = self._scores(x_td) if self.gates == "unit" and self.needs_routing else None
+        return Products(score_thn, *self.pool.products(x_td))
+
+    def _scores(self, x_td: torch.Tensor) -> torch.Tensor:
+        return cell_scores(self.keys, *self.keys.sub_scores(x_td))
+
+    def weights(self, x_td: torch.Tensor, products: Products) -> torch.Tensor | None:
+        """Gate values of all experts, (t, n), 0 for those that are not added up; None: all are, each with weight 1."""
+        score_thn, u_tn, gate_tn, a_tn = products
+        if self.gates == "unit" and self.needs_routing:
+            score_thn = self._scores(x_td) if score_thn is None else score_thn
+            _, found_tn, kept_tn = select(self, score_thn, u_tn, gate_tn, a_tn)
+            weight_tn = (found_tn * kept_tn).to(x_td.dtype)
+        elif self.topk < self.keys.num_keys or self.needs_routing:
+            weight_tn = self._gate_values(x_td, u_tn, gate_tn, a_tn)
+        else:
             return None
-        index_thc, score_thc = self.keys(x_td, self._per_head, self.joint_topk)
+        return F.pad(weight_tn, (self.num_shared, 0), value=1.0)
+
+    def _gate_values(
+        self, x_td: torch.Tensor, u_tn: torch.Tensor, gate_tn: torch.Tensor | None, a_tn: torch.Tensor
+    ) -> torch.Tensor:
+        """Gate values of the routed experts, (t, n), 0 for those that are not added up, by retrieval."""
+        found, score_tn = self.retrieve(x_td), None
+        weight_tn = torch.zeros_like(u_tn[:, self.num_shared :])
+        if found is None:
+            weight_tn = weight_tn + 1
+        else:
+            index_tc = found.index_tc - self.num_shared
+            if found.score_tc is not None:
+                score_tc = found.score_tc.detach()
+                score_tn = score_tc.new_zeros(weight_tn.shape).scatter_add(1, index_tc, score_tc)
+            weight_tn = weight_tn.scatter_add(1, index_tc, found.weight_tc.to(weight_tn.dtype))
+        return weight_tn * kept(self, weight_tn, score_tn, u_tn, gate_tn, a_tn).to(weight_tn.dtype)
+
+    def retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
+        """Candidates of each token; None: all experts, each with weight 1."""
+        if not self.needs_routing:
+            return None
+        index_thc, score_thc = self.keys(x_td, self.per_head, self.joint_topk)
         found_thc = score_thc > -math.inf
         if self.gates == "softmax":
             weight_thc = score_thc.softmax(dim=-1)
@@ -195,7 +266,7 @@ class PEER(nn.Module):
         return Retrieved(index_tc + self.num_shared, weight_tc, score_tc)
 
     @property
-    def chooses(self) -> bool:
+    def needs_routing(self) -> bool:
         """Whether anything depends on scores."""
         routed, one_score = self.num_experts - self.num_shared, not self.share_pool or self.num_heads == 1
         # Where all are candidates, scores still have a say in re-ranking, if an expert has just one.
@@ -217,7 +288,7 @@ class PEER(nn.Module):
     @property
     def router_fraction(self) -> float:
         """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to choose."""
-        if not self.chooses:
+        if not self.needs_routing:
             return 0.0
         rows, columns = self.keys.grid
         query = 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()

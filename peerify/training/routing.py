@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.masks import Projected, cell_scores, selected
+from peerify.modeling.peer_selection import cell_scores, select
 
 AT_ONCE = 256  # tokens
 
@@ -63,14 +63,14 @@ class _Weighted(torch.autograd.Function):
 def _selected(
     layer: Any, x_td: Tensor, score_thn: Tensor | None, u_tn: Tensor, gate_tn: Tensor | None, a_tn: Tensor
 ) -> tuple[Tensor, ...]:
-    """`masks.selected`, with scores made here unless given; on a CPU for few tokens at once, which fit its cache."""
+    """`select`, with scores made here unless given; on a CPU for few tokens at once, which fit its cache."""
     parts = []
     size = AT_ONCE if x_td.device.type == "cpu" else max(1, len(x_td))
     for start in range(0, max(1, len(x_td)), size):
         part = slice(start, start + size)
         score = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[part])) if score_thn is None else score_thn[part]
         gate = None if gate_tn is None else gate_tn[part]
-        parts.append(selected(layer, Projected(score, u_tn[part], gate, a_tn[part])))
+        parts.append(select(layer, score, u_tn[part], gate, a_tn[part]))
     return tuple(torch.cat(masks) for masks in zip(*parts, strict=True))
 
 
@@ -132,14 +132,14 @@ class Router:
         original = layer.forward
 
         def forward(hidden_states: Tensor) -> Tensor:
-            if not torch.is_grad_enabled() or not layer.chooses:
+            if not torch.is_grad_enabled() or not layer.needs_routing:
                 return original(hidden_states)  # type: ignore[no-any-return]
             x_td = hidden_states.reshape(-1, layer.d_model)
             if layer.gates == "unit":
                 return self._soft_forward(path, layer, x_td).view(hidden_states.shape)
             if self.recording:
                 with torch.set_grad_enabled(self.with_losses):
-                    found = layer._retrieve(x_td)
+                    found = layer.retrieve(x_td)
                     self._record(
                         path, layer, layer.keys.sub_scores(x_td), found.index_tc - layer.num_shared, found.weight_tc
                     )
@@ -150,9 +150,7 @@ class Router:
     def _soft_forward(self, path: str, layer: Any, x_td: Tensor) -> Tensor:
         """What the layer computes for x_td, with a gradient to the scores that chose the experts."""
         pool, shared, temperature = layer.pool, layer.num_shared, self.temperature
-        u_tn = F.linear(x_td, pool.u, pool.u_bias)
-        gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias)
-        a_tn = pool._activate(u_tn, gate_tn)
+        u_tn, gate_tn, a_tn = pool.products(x_td)
         if layer.candidates >= layer.num_experts - shared:
             temperature = None  # all are candidates, whatever their scores
         # Running statistics of a query norm are of all tokens, and taken once.
