@@ -18,12 +18,12 @@ import time
 
 import torch
 
-from peerify.clustering import arrange
-from peerify.config import PeerConfig
-from peerify.dense import FeedForward
+from peerify.config.peer import PeerConfig
+from peerify.conversion.clustering import arrange
+from peerify.conversion.feedforward import FeedForward
+from peerify.conversion.router import fill_keys, fit_router, points
+from peerify.conversion.sizing import plan_layer
 from peerify.modeling.peer_keys import ProductKeys
-from peerify.plan import plan_layer
-from peerify.router import fill_keys, fit_router, points
 
 
 def main() -> None:

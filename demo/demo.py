@@ -135,7 +135,7 @@ def write_texts(text: Path | None) -> tuple[Path, Path]:
 
 def continue_both(dense_name: str, out: Path) -> None:
     """Print a greedy continuation of PROMPT by the dense and by the converted model."""
-    from peerify.checkpoint import load_dense, load_for_eval
+    from peerify.checkpoint.load import load_dense, load_for_eval
     from peerify.errors import PeerifyError
 
     for label, load, name in (("dense", load_dense, dense_name), ("converted", load_for_eval, str(out))):

@@ -16,18 +16,18 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "PEER": "peerify.modeling.peer_layer",
-    "CalibrationConfig": "peerify.recipe",
-    "PeerConfig": "peerify.config",
+    "CalibrationConfig": "peerify.config.recipe",
+    "PeerConfig": "peerify.config.peer",
     "PeerifyError": "peerify.errors",
-    "Recipe": "peerify.recipe",
-    "convert": "peerify.conversion",
+    "Recipe": "peerify.config.recipe",
+    "convert": "peerify.conversion.model",
     "evaluate": "peerify.evaluation",
-    "load_dense": "peerify.checkpoint",
-    "load_for_eval": "peerify.checkpoint",
+    "load_dense": "peerify.checkpoint.load",
+    "load_for_eval": "peerify.checkpoint.load",
     "perplexity": "peerify.evaluation",
-    "plan_conversion": "peerify.conversion",
-    "push": "peerify.publishing",
-    "save": "peerify.folder",
+    "plan_conversion": "peerify.conversion.model",
+    "push": "peerify.publishing.push",
+    "save": "peerify.conversion.checkpoint",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

@@ -132,7 +132,7 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
     """
-    from peerify.checkpoint import load_for_eval
+    from peerify.checkpoint.load import load_for_eval
     from peerify.data import check_source, load_windows
 
     check_source(data)  # a wrong name is told before a large model is read

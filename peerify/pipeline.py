@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peerify.checkpoint.atomic import check_target, write_text
+from peerify.checkpoint.files import MARKER
+from peerify.checkpoint.record import read_record
+from peerify.config.recipe import Recipe
 from peerify.data import check_source
 from peerify.errors import OutputError, UsageError
-from peerify.files import MARKER
-from peerify.output import check_target, write_text
 from peerify.reading import local_path, read_object, shown
-from peerify.recipe import Recipe
-from peerify.record import read_record
 
 Progress = Callable[[str, int, int], None]
 STAGES = ("convert", "train", "eval", "push")
@@ -155,21 +155,21 @@ def _check(recipe: Recipe, stages: Sequence[str], overwrite: bool) -> None:
 
         check_training(recipe)
     if "push" in stages and recipe.hub is not None:
-        from peerify.transfer import need_token
+        from peerify.publishing.transfer import need_token
 
         need_token(recipe.hub.repo)
 
 
 def _check_card(recipe: Recipe) -> None:
     """Refuse before the training what push would refuse after it: a card without a licence. Raises PublishError."""
-    from peerify.card import fresh_card
-    from peerify.transfer import require
+    from peerify.checkpoint.card import fresh_card
+    from peerify.publishing.transfer import require
 
     require(fresh_card(Path(recipe.output).expanduser()))
 
 
 def _convert(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
-    from peerify.folder import convert_checkpoint
+    from peerify.conversion.checkpoint import convert_checkpoint
 
     return convert_checkpoint(recipe.model_copy(update={"overwrite": overwrite or recipe.overwrite}), progress=progress)
 
@@ -190,7 +190,7 @@ def _test_text(recipe: Recipe) -> str | None:
 
 
 def _evaluate(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[str, Any]:
-    from peerify.card import record_results
+    from peerify.checkpoint.card import record_results
     from peerify.evaluation import evaluate_checkpoint
 
     data = _test_text(recipe)
@@ -211,7 +211,7 @@ def _evaluate(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[
 
 
 def _push(recipe: Recipe, final: str, progress: Progress | None) -> Mapping[str, Any]:
-    from peerify.publishing import push
+    from peerify.publishing.push import push
 
     assert recipe.hub is not None
     settings = recipe.hub.model_dump(exclude={"repo", "every"})

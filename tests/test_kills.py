@@ -26,7 +26,7 @@ from hub_client import converted, use
 from hub_server import Hub
 
 from peerify import cli
-from peerify.checkpoint import load_for_eval
+from peerify.checkpoint.load import load_for_eval
 
 pytestmark = pytest.mark.slow
 MOMENTS = 25
@@ -136,7 +136,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> None:
     """Import what the commands import, once."""
-    for name in ("folder", "evaluation", "pipeline", "publishing", "report", "training.plan", "training.train"):
+    for name in (
+        *("conversion.checkpoint", "evaluation", "pipeline", "publishing.push", "cli.tables"),
+        *("training.dry_run", "training.train"),
+    ):
         importlib.import_module(f"peerify.{name}")
     importlib.import_module("transformers.models.llama.modeling_llama")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_no_export_is_hidden_by_a_module() -> None:
     modules = {path.stem for path in Path(peerify.__file__).parent.iterdir()}
     assert "errors" in modules
     assert modules.isdisjoint(peerify.__all__)
+
+
+# Each package and module imports from those before it, and from itself.
+LEVELS = (
+    *("errors", "reading", "memory", "hub_calls", "config", "discovery", "modeling", "checkpoint", "data"),
+    *("conversion", "publishing", "training", "evaluation", "pipeline", "cli", "__main__"),
+)
+
+
+def test_nothing_imports_upward_or_in_a_circle() -> None:
+    root = Path(__file__).parents[1] / "peerify"
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).with_suffix("").parts[0]
+        text = file.read_text(encoding="utf-8")
+        imported = re.findall(r"^ *from peerify\.(\w+)", text, re.MULTILINE)
+        imported += re.findall(r"^ *from peerify import (.+)$", text, re.MULTILINE)
+        for name in ", ".join(imported).split(", "):
+            if own not in ("__init__", "_registration") and name not in ("", "__version__"):
+                assert LEVELS.index(name) <= LEVELS.index(own), f"{file} imports peerify.{name}, which is above it"
 
 
 def test_every_export_exists() -> None:

@@ -13,9 +13,9 @@ from checkpoints import text_file, tiny_checkpoint
 from click.testing import CliRunner
 
 from peerify import cli, pipeline
+from peerify.config.recipe import Recipe
 from peerify.errors import OutputError, PeerifyError, UsageError
 from peerify.pipeline import run_recipe
-from peerify.recipe import Recipe
 from peerify.training import stage
 
 
@@ -52,8 +52,10 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((folder, repo, options["tag"]))
         return {"repo": repo, "url": f"https://hub/{repo}"}
 
-    monkeypatch.setattr("peerify.publishing.push", push)
-    monkeypatch.setattr("peerify.transfer.require", lambda card: None)  # licence and base model, which push asks for
+    monkeypatch.setattr("peerify.publishing.push.push", push)
+    monkeypatch.setattr(
+        "peerify.publishing.transfer.require", lambda card: None
+    )  # licence and base model, which push asks for
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     return calls
 

@@ -29,9 +29,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peerify.calibration import Batch, walk
-from peerify.dense import FeedForward, read_feedforward, replace
-from peerify.feedforward import Site
+from peerify.conversion.calibration import Batch, walk
+from peerify.conversion.feedforward import FeedForward, read_feedforward, replace
+from peerify.discovery.sites import Site
 
 CHUNK = 2048  # tokens at a time: bounds the (tokens, d_ff) activations in memory
 EXPERT_NEURONS = 32  # of an expert in MoEfication

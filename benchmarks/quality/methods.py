@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import peerify
-from peerify.calibration import token_batches
+from peerify.conversion.calibration import token_batches
+from peerify.discovery.sites import Site, calibrated_feedforwards, select_sites
 from peerify.errors import UsageError
-from peerify.feedforward import Site, calibrated_feedforwards, select_sites
 from peerify.modeling.peer_layer import PEER
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ would take; and the paper's own layer, experts random as well, as one gets it wh
 
 METHODS = [*BASELINES, *RANDOM, *VARIANTS]
 
-ELSEWHERE = {"errors", "config", "recipe", "feedforward", "dataflow", "formula", "replay"}
+ELSEWHERE = {"errors", "config", "discovery"}  # files and packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +217,10 @@ def conversion_code() -> list[Path]:
     def file_of(name: str) -> Path:
         return package.joinpath(*name.split(".")).with_suffix(".py")
 
-    found, todo = set[str](), ["conversion"]
+    found, todo = set[str](), ["conversion.model"]
     while todo:
         name = todo.pop()
-        if name in found or name in ELSEWHERE or not file_of(name).exists():
+        if name in found or name.partition(".")[0] in ELSEWHERE or not file_of(name).exists():
             continue
         found.add(name)
         text, folder = file_of(name).read_text("utf-8"), name.rpartition(".")[0]

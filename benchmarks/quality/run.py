@@ -27,9 +27,9 @@ from plot import draw
 from summary import markdown
 
 from peerify import load_dense
+from peerify.cli.tables import progress_on_stderr
 from peerify.data import load_windows
 from peerify.errors import PeerifyError, UsageError
-from peerify.report import progress_on_stderr
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from peerify.checkpoint import load_for_eval
-from peerify.training.allocator import keep_freed_memory
-from peerify.training.config import OptimizerConfig, StageConfig
+from peerify.checkpoint.load import load_for_eval
+from peerify.config.train import OptimizerConfig, StageConfig
 from peerify.training.groups import parameter_groups, require_peer, select_trainable
+from peerify.training.malloc import keep_freed_memory
 from peerify.training.objectives import prediction_loss, shifted
-from peerify.training.routing import Router, peer_layers
+from peerify.training.straight_through import Router, peer_layers
 
 
 def main() -> None:

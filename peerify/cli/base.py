@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import click
 
 from peerify import __version__
-from peerify.config import PeerConfig
+from peerify.config.peer import PeerConfig
+from peerify.config.recipe import CalibrationConfig, Recipe, describe
 from peerify.errors import PeerifyError, StoppedError, Terminated, UsageError
 from peerify.hub_calls import redact
-from peerify.recipe import CalibrationConfig, Recipe, describe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -59,7 +59,7 @@ class Boundary(click.Group):
             message, code, trace = str(error), error.exit_code, traceback.format_exc()
         except KeyboardInterrupt as error:
             trace = traceback.format_exc()
-            output = ctx.meta.get("peerify.output")
+            output = ctx.meta.get("peerify.checkpoint.atomic")
             state = f"; {error}" if str(error) else f"; {output} left as it was" if output else ""
             word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
             message = f"{word}{state}"
@@ -163,7 +163,7 @@ def cli() -> None:
 @contextmanager
 def library(as_json: bool) -> Iterator[Any]:
     """Run library code: prints go to stderr, chatter is muted unless --debug; yields a progress callable."""
-    from peerify.report import progress_on_stderr
+    from peerify.cli.tables import progress_on_stderr
 
     debug = click.get_current_context().meta.get("peerify.debug")
     with warnings.catch_warnings(), redirect_stdout(sys.stderr), progress_on_stderr() as progress:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from peerify.cli.base import cli, common, library, overridable, promoted, require_calibration, said
-from peerify.recipe import Recipe
+from peerify.config.recipe import Recipe
 
 
 @cli.command()
@@ -66,13 +66,13 @@ def convert(
     if out is not None:
         given["output"] = ("OUT", out)
     recipe = Recipe.load(recipe_file, overrides, given | said(flags))
-    ctx.meta["peerify.output"] = recipe.output
+    ctx.meta["peerify.checkpoint.atomic"] = recipe.output
     require_calibration(recipe)
     with library(as_json) as progress:
-        from peerify.folder import convert_checkpoint
+        from peerify.conversion.checkpoint import convert_checkpoint
 
         result = convert_checkpoint(recipe, progress=progress)
-    from peerify import report
-    from peerify.inspection import converted_layers
+    from peerify.cli import tables
+    from peerify.conversion.inspection import converted_layers
 
-    report.print_json(result) if as_json else report.print_conversion(result, converted_layers(recipe.output))
+    tables.print_json(result) if as_json else tables.print_conversion(result, converted_layers(recipe.output))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from peerify.cli.base import cli, common, library, loading
-from peerify.recipe import describe
+from peerify.config.recipe import describe
 
 COUNT = click.IntRange(min=1, max=2**31)
 
@@ -52,6 +52,6 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
         from peerify.evaluation import evaluate_checkpoint
 
         result = evaluate_checkpoint(model, progress=progress, **settings)
-    from peerify import report
+    from peerify.cli import tables
 
-    report.print_json(result) if as_json else report.print_evaluation(result)
+    tables.print_json(result) if as_json else tables.print_evaluation(result)

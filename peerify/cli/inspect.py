@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from peerify.cli.base import cli, common, library, overridable, promoted, require_calibration, said
+from peerify.config.recipe import Recipe
 from peerify.errors import UsageError
-from peerify.recipe import Recipe
 
 HEADER_ONLY = ("convert.active", "revision", "trust_remote_code")  # what a look at the config alone takes
 
@@ -63,12 +63,12 @@ def inspect(
     if extra:
         raise UsageError(f"{extra[0]} is for a plan: add --plan, which loads the model and measures")
     with library(as_json) as progress:
-        from peerify.inspection import inspect_model
+        from peerify.conversion.inspection import inspect_model
 
         result = inspect_model(str(model), **header, progress=progress)
-    from peerify import report
+    from peerify.cli import tables
 
-    report.print_json(result) if as_json else report.print_inspection(result)
+    tables.print_json(result) if as_json else tables.print_inspection(result)
 
 
 def _plan(
@@ -84,9 +84,9 @@ def _plan(
     recipe = Recipe.load(recipe_file, overrides, given | {"output": ("OUT", "OUT")})
     require_calibration(recipe)
     with library(as_json) as progress:
-        from peerify.preview import plan_checkpoint
+        from peerify.conversion.preview import plan_checkpoint
 
         result = plan_checkpoint(recipe, progress=progress)
-    from peerify import report
+    from peerify.cli import tables
 
-    report.print_json(result) if as_json else report.print_plan(result)
+    tables.print_json(result) if as_json else tables.print_plan(result)

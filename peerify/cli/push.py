@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from peerify.cli.base import cli, common, library
+from peerify.config.recipe import Recipe, describe
 from peerify.errors import PublishError, UsageError
 from peerify.reading import local_path, read_object
-from peerify.recipe import Recipe, describe
 
 
 @cli.command()
@@ -73,8 +73,8 @@ def push(
         hub = None
     settings: dict[str, Any] = hub.model_dump(exclude={"every"}) if hub else given
     with library(as_json) as progress:
-        from peerify.card import record_results
-        from peerify.publishing import check_folder, push
+        from peerify.checkpoint.card import record_results
+        from peerify.publishing.push import check_folder, push
 
         path = local_path(folder, PublishError)
         if results:
@@ -88,13 +88,13 @@ def push(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    from peerify import report
+    from peerify.cli import tables
 
-    report.print_json(result) if as_json else report.print_push(result)
+    tables.print_json(result) if as_json else tables.print_push(result)
 
 
 def _result(path: str) -> dict[str, Any]:
-    from peerify.record import check_result
+    from peerify.checkpoint.record import check_result
 
     remedy = "give what `peerify eval --json` writes"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from peerify.cli.base import cli, common, library, overridable, stopped
-from peerify.recipe import Recipe
+from peerify.config.recipe import Recipe
 
 
 @cli.command()
@@ -29,9 +29,9 @@ def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool)
         from peerify.pipeline import run_recipe
 
         result = run_recipe(loaded, overwrite=overwrite, progress=progress)
-    from peerify import report
+    from peerify.cli import tables
 
-    report.print_json(result) if as_json else report.print_run(result)
+    tables.print_json(result) if as_json else tables.print_run(result)
     if result["stopped"]:
         training = result[result["stopped"]]
         raise stopped(training["signal"], f"the same command goes on with training after step {training['steps']}")

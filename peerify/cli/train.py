@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from peerify.cli.base import cli, common, library, overridable, stopped
-from peerify.recipe import Recipe
+from peerify.config.recipe import Recipe
 
 
 @cli.command()
@@ -39,22 +39,22 @@ def train(
       accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m peerify train recipe.yaml
     """
     loaded = Recipe.load(recipe, overrides)
-    from peerify import report
+    from peerify.cli import tables
 
     if dry_run:
         with library(as_json) as progress:
-            from peerify.training.plan import plan_training
+            from peerify.training.dry_run import plan_training
 
             plan = plan_training(loaded, progress=progress)
-        report.print_json(plan) if as_json else report.print_training_plan(plan)
+        tables.print_json(plan) if as_json else tables.print_training_plan(plan)
         return
     with library(as_json) as progress:
         from peerify.training.checks import output_of
         from peerify.training.train import train_checkpoint
 
-        ctx.meta["peerify.output"] = output_of(loaded)
+        ctx.meta["peerify.checkpoint.atomic"] = output_of(loaded)
         result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)
     if result is not None:  # the main process
-        report.print_json(result) if as_json else report.print_training(result)
+        tables.print_json(result) if as_json else tables.print_training(result)
         if result["stopped"]:
             raise stopped(result["signal"], f"the same command with --resume goes on after step {result['steps']}")

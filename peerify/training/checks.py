@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peerify.checkpoint.atomic import check_target
+from peerify.checkpoint.files import MARKER
+from peerify.checkpoint.record import read_record
+from peerify.config.recipe import Recipe
+from peerify.config.train import TrainConfig
 from peerify.data import check_source
 from peerify.errors import CheckpointError, DataError, OutputError, UsageError
-from peerify.files import MARKER
-from peerify.output import check_target
 from peerify.reading import local_path
-from peerify.recipe import Recipe
-from peerify.record import read_record
 from peerify.training import loggers, state
-from peerify.training.config import TrainConfig
 
 
 def section(recipe: Recipe) -> TrainConfig:

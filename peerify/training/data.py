@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peerify.config.train import DataConfig, SourceConfig
 from peerify.data import hub_dataset, is_hub_dataset, read_pieces, text_field, token_ids
 from peerify.errors import DataError
-from peerify.training.config import DataConfig, SourceConfig
-from peerify.training.selection import most_informative
+from peerify.training.data_selection import most_informative
 
 Ids = NDArray[np.int32]
 Tokenise = Callable[[str], list[int]]

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from peerify.modeling_peer import PEER
-from peerify.training.config import StageConfig, TrainConfig
+from peerify.config.train import StageConfig, TrainConfig
+from peerify.modeling.peer_layer import PEER
 
 PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
 # Bytes of optimizer state per trainable parameter.

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from peerify.config.train import StageConfig
 from peerify.errors import UsageError
-from peerify.training.config import StageConfig
-from peerify.training.routing import peer_layers
+from peerify.training.straight_through import peer_layers
 
 EXPERTS, ROUTER, DECAYED, REST = "experts", "router", "decayed", "rest"
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerify.training.config import ObjectiveConfig
+from peerify.config.train import ObjectiveConfig
 
 ROWS = 128  # rows of the vocabulary softmax in float32 at a time; bounds memory, changes no result
 IGNORED = -100  # label of a token that is not predicted: padding

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerify.config.train import OptimizerConfig, StageConfig
 from peerify.errors import UsageError
-from peerify.training.config import OptimizerConfig, StageConfig
 from peerify.training.groups import DECAYED
 
 

@@ -20,15 +20,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from peerify.config.train import TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
 from peerify.training import groups, objectives, state, validation
-from peerify.training.config import TrainConfig
 from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
 from peerify.training.optimizers import build_optimizer, lr_factor
-from peerify.training.routing import Router
+from peerify.training.straight_through import Router
 
 Progress = Callable[[str, int, int], None]
 ADAPTER = "adapter"  # folder of adapters that are kept

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from peerify.checkpoint.atomic import atomic_folder
+from peerify.checkpoint.files import is_checkpoint
 from peerify.errors import CheckpointError, UsageError
-from peerify.files import is_checkpoint
-from peerify.output import atomic_folder
 from peerify.reading import printable, read_object, reason, shown
 
 NAME = re.compile(r"step-(\d{6,})")

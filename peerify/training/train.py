@@ -14,23 +14,23 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from peerify.card import edited_card, write_card
-from peerify.checkpoint import DenseModel, atomic_folder, load_dense, load_for_eval
+from peerify.checkpoint.card import edited_card, write_card
+from peerify.checkpoint.files import CARD
+from peerify.checkpoint.load import DenseModel, atomic_folder, load_dense, load_for_eval
+from peerify.checkpoint.record import read_record, write_record
+from peerify.config.recipe import Recipe
+from peerify.config.train import TrainConfig
+from peerify.config.yamlfile import flatten
 from peerify.data import check_windows, load_windows
 from peerify.errors import CheckpointError, PeerifyError, StoppedError, UsageError
-from peerify.files import CARD
-from peerify.recipe import Recipe
-from peerify.record import read_record, write_record
 from peerify.training import loggers, state
-from peerify.training.allocator import keep_freed_memory, return_freed_memory
 from peerify.training.checks import check_space, check_start, output_of, run_folder, section
-from peerify.training.config import TrainConfig
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
 from peerify.training.groups import require_peer
 from peerify.training.loop import run_stages
+from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
-from peerify.yamlfile import flatten
 
 Progress = Callable[[str, int, int], None]
 
@@ -244,7 +244,7 @@ def _publisher(recipe: Recipe, tell: Progress) -> Callable[[Path, int], None] | 
         return None
 
     def publish(checkpoint: Path, number: int) -> None:
-        from peerify.publishing import push_checkpoint
+        from peerify.publishing.push import push_checkpoint
 
         if number % hub.every == 0:  # type: ignore[operator]
             try:

@@ -10,8 +10,8 @@ import torch
 from checkpoints import text_file, tiny_tokenizer
 from fuzzing.harness import Corpus
 
+from peerify.config.train import DataConfig
 from peerify.training import state
-from peerify.training.config import DataConfig
 from peerify.training.data import Windows
 
 MODEL_SEED = 0

@@ -11,11 +11,11 @@ from dense_checkpoint import tiny_llama
 from fuzzing.harness import Corpus
 from test_gguf import write_gguf
 
-from peerify.checkpoint import load_dense
+from peerify.checkpoint.load import load_dense
+from peerify.config.recipe import Recipe
+from peerify.conversion.checkpoint import convert_checkpoint
+from peerify.conversion.inspection import inspect_model
 from peerify.evaluation import evaluate_checkpoint
-from peerify.folder import convert_checkpoint
-from peerify.inspection import inspect_model
-from peerify.recipe import Recipe
 
 
 def shards(folder: Path) -> None:

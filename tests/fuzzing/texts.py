@@ -13,16 +13,16 @@ from checkpoints import text_file, tiny_tokenizer
 from fuzzing.harness import Corpus
 from fuzzing.models import converted
 
-from peerify import frontmatter
-from peerify.card import record_results, write_card
+from peerify.checkpoint import frontmatter
+from peerify.checkpoint.card import record_results, write_card
+from peerify.checkpoint.record import check_result
+from peerify.config.recipe import Recipe
+from peerify.config.train import DataConfig
 from peerify.data import load_windows
 from peerify.errors import PublishError, UsageError
 from peerify.pipeline import _Notes
-from peerify.publishing import check_folder
+from peerify.publishing.push import check_folder
 from peerify.reading import read_object, read_text
-from peerify.recipe import Recipe
-from peerify.record import check_result
-from peerify.training.config import DataConfig
 from peerify.training.data import Windows
 
 RECIPE = """\
@@ -149,8 +149,8 @@ def _with_result(folder: Path) -> None:
 
 def _source_card(folder: Path) -> None:
     """Of a dense model, whose licence and languages a conversion takes over."""
-    from peerify.checkpoint import DenseModel
-    from peerify.provenance import provenance
+    from peerify.checkpoint.load import DenseModel
+    from peerify.checkpoint.provenance import provenance
 
     json.dumps(provenance(DenseModel(None, "dense", None, folder)))  # type: ignore[arg-type]
 

@@ -12,9 +12,9 @@ import transformers
 from build import NOT_EXPORTED, Built, auto_classes, build, first_line
 from torch import nn
 
-from peerify.dense import read_feedforward, replace
-from peerify.feedforward import Site, find_feedforwards
-from peerify.layer import exact_layer
+from peerify.conversion.feedforward import read_feedforward, replace
+from peerify.conversion.layer import exact_layer
+from peerify.discovery.sites import Site, find_feedforwards
 from peerify.modeling.modeling_peer import FORMAT, adopt
 
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ from torch import Tensor
 from towers import with_media
 from transformers import PreTrainedModel
 
-from peerify import examples
+from peerify.discovery import example_inputs as examples
 from peerify.errors import ConversionError
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peerify.examples import example_tokens, grid, image_shape, noise, tower_config
+from peerify.discovery.example_inputs import example_tokens, grid, image_shape, noise, tower_config
 
 KINDS = {"image": ("image", "img", "im", "vision"), "video": ("video",), "audio": ("audio", "sound", "speech")}
 _MAIN = {

@@ -1,0 +1,1 @@
+"""Models as files: read with distrust, written whole or not at all."""

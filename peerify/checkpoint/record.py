@@ -1,0 +1,243 @@
+"""The shapes of what peerify writes: peerify.json, which is read and written here, and the layers in config.json.
+
+peerify.json says how a converted model was made, and what was measured of it. Both lie in folders that strangers hand
+out, so what is read is checked before anything uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, cast
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
+
+from peerify.checkpoint.atomic import write_text
+from peerify.checkpoint.files import MARKER
+from peerify.errors import PeerifyError
+from peerify.reading import printable, read_object, shown
+
+_MORE = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+@with_config(_MORE)
+class Origin(TypedDict):
+    """The dense model."""
+
+    model: str
+    revision: NotRequired[str | None]
+    base_model: NotRequired[str]
+    license: NotRequired[str]
+    license_name: NotRequired[str]
+    license_link: NotRequired[str]
+    language: NotRequired[str | list[str]]
+    pipeline_tag: NotRequired[str]
+
+
+@with_config(_MORE)
+class Texts(TypedDict):
+    """The part of a recipe that names texts, as others may see them."""
+
+    data: list[str]
+
+
+@with_config(_MORE)
+class Asked(TypedDict):
+    """The recipe of a conversion."""
+
+    model: NotRequired[str]
+    convert: dict[str, Any]
+    calibration: Texts
+
+
+@with_config(_MORE)
+class Seen(TypedDict):
+    """The calibration data that was used."""
+
+    tokens: NotRequired[int]
+    sha256: NotRequired[str]
+    inputs: NotRequired[int]
+
+
+@with_config(_MORE)
+class Against(TypedDict):
+    """A comparison with the dense model."""
+
+    model: NotRequired[str]
+    perplexity: float
+    ratio: float
+    kl: NotRequired[float | None]
+
+
+@with_config(_MORE)
+class Result(TypedDict):
+    """What `peerify eval` measured."""
+
+    data: NotRequired[str | None]
+    context: NotRequired[int]
+    tokens: int
+    perplexity: float
+    against: NotRequired[Against | None]
+
+
+@with_config(_MORE)
+class TrainedOn(TypedDict):
+    """One text of a training."""
+
+    path: str
+
+
+@with_config(_MORE)
+class TrainingData(TypedDict):
+    """The texts of a training."""
+
+    sources: NotRequired[list[TrainedOn]]
+
+
+@with_config(_MORE)
+class TrainingRecipe(TypedDict):
+    """The recipe of a training."""
+
+    data: NotRequired[TrainingData]
+
+
+@with_config(_MORE)
+class Training(TypedDict):
+    """Continued training, done or still going on."""
+
+    steps: int
+    tokens: NotRequired[int]
+    unfinished: NotRequired[bool]
+    recipe: NotRequired[TrainingRecipe]
+
+
+@with_config(_MORE)
+class Record(TypedDict):
+    """peerify.json. Keys that this version does not know are kept."""
+
+    peerify: str
+    versions: dict[str, str]
+    source: Origin
+    recipe: Asked
+    calibration: Seen
+    active_fraction: float
+    router_fraction: float
+    layer_errors: Mapping[str, float | None]
+    files: NotRequired[list[str]]
+    evaluation: NotRequired[list[Result]]
+    training: NotRequired[Training | None]
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+@with_config(_MORE)
+class Layer(TypedDict):
+    """The keyword arguments of one `PEER`, an entry of config.json's "peer"."""
+
+    d_model: Count
+    num_experts: Count
+    grid: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    num_heads: Count
+    topk: Count
+    num_shared: Count
+    candidates: NotRequired[Count | None]
+    shortlist: NotRequired[Count | None]
+    query_dim: NotRequired[Count | None]
+    d_ff: NotRequired[Count | None]
+    activation: NotRequired[str]
+    gates: NotRequired[str]
+    rerank: NotRequired[str | None]
+    clamp: NotRequired[dict[str, float] | None]
+    gated: NotRequired[bool]
+    expert_bias: NotRequired[bool]
+    gate_bias: NotRequired[bool]
+    output_bias: NotRequired[bool]
+    share_pool: NotRequired[bool]
+    share_keys: NotRequired[bool]
+    joint_topk: NotRequired[bool]
+    share_query: NotRequired[bool]
+    query_norm: NotRequired[bool]
+    key_bias: NotRequired[bool]
+    estimate: NotRequired[bool]
+
+
+@with_config(_MORE)
+class Peer(TypedDict):
+    """The "peer" entry of a converted model's config.json."""
+
+    layers: dict[str, Layer]
+
+
+_PEER: TypeAdapter[Peer] = TypeAdapter(Peer)
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+_RESULT: TypeAdapter[Result] = TypeAdapter(Result)
+
+
+def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
+    """What peerify.json in `folder` says.
+
+    Raises:
+        fault: it cannot be read, or is not what peerify writes; the key is named.
+    """
+    path = folder / MARKER
+    remedy = "convert again"
+    content = _checked(_RECORD, read_object(path, fault, remedy), str(path), fault, remedy)
+    training = content.get("training")
+    if training and not training.get("unfinished") and not {"tokens", "recipe"} <= training.keys():
+        raise fault(f"{printable(path)}: training has no tokens or no recipe; {remedy}")
+    if not {"tokens", "inputs"} & content["calibration"].keys():
+        raise fault(f"{printable(path)}: calibration has neither tokens nor inputs; {remedy}")
+    for name in content.get("files", []):
+        parts = PurePosixPath(name).parts
+        usable = parts and all(part not in ("..", "/") and len(part.encode()) < 256 for part in parts)
+        if not usable or "\0" in name or "\\" in name:
+            raise fault(f"{printable(path)}: files names {shown(name)}, which is no file of the folder; {remedy}")
+    return content
+
+
+def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result:
+    """`result`, once it is known to be what `peerify eval --json` writes. Raises `fault`, which begins with `where`."""
+    return _checked(_RESULT, result, where, fault, "give what `peerify eval --json` writes")
+
+
+def check_layers(config: Mapping[str, Any], where: str, fault: type[PeerifyError]) -> None:
+    """Raise `fault`, which begins with `where`, unless "peer" in a config.json is what peerify writes there."""
+    _checked(_PEER, config.get("peer"), f"{where}: peer", fault, "convert again")
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write peerify.json, whole or not at all. Raises OutputError where it may not be written, or the disk is full."""
+    write_text(folder / MARKER, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _checked(adapter: TypeAdapter[Any], value: Any, where: str, fault: type[PeerifyError], remedy: str) -> Any:
+    """`value` as it stands, once it has the adapter's shape, finite numbers and texts that can be written."""
+    try:
+        adapter.validate_python(value, strict=True)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise fault(f"{printable(where)}: {printable(key)}: {_said(first)}; {remedy}") from None
+    except UnicodeEncodeError:
+        raise fault(f"{printable(where)} holds text that is no Unicode; {remedy}") from None
+    if not all(math.isfinite(number) for number in _floats(value)):
+        raise fault(f"{printable(where)} holds a number that is not finite; {remedy}")
+    return cast(Any, value)
+
+
+def _said(first: Any) -> str:
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return message if first["type"] == "missing" else f"{message}, not {shown(first['input'])}"
+
+
+def _floats(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [number for part in tree for number in _floats(part)]
+    return [tree] if isinstance(tree, float) else []

@@ -1,0 +1,1 @@
+"""Dense model in, PEER model out."""

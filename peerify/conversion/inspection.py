@@ -1,0 +1,150 @@
+"""What a conversion would do, from config and headers alone, and what one has done. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peerify.checkpoint.load import load_skeleton
+from peerify.checkpoint.source import why_no_weights
+from peerify.config.peer import PeerConfig
+from peerify.conversion.allocation import planned_fractions
+from peerify.conversion.sizing import plan_layer
+from peerify.discovery.sites import Site, survey
+from peerify.errors import CheckpointError, ConversionError, UsageError
+from peerify.reading import printable, read_object
+
+Progress = Callable[[str, int, int], None]
+
+
+def inspect_model(
+    source: str,
+    *,
+    active: float = 0.5,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The feed-forward layers of a dense model, and what they would cost per token as PEER layers.
+
+    Args:
+        source: a Hub id, a directory or a .gguf file.
+        active: share of the dense layer's compute spent on experts per token.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals", "unseen", "weights"}``.
+        Each layer has ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
+        "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
+        weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
+        finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
+        has, by path, models inside the model ("": the model itself) of which not all could be run from the config
+        alone, with the reason. weights is None, or the reason why convert could not read them; config and weights
+        that do not belong together are refused.
+
+    Raises:
+        UsageError: `active` is not in (0, 1].
+        CheckpointError: see `load_skeleton`.
+    """
+    if not 0 < active <= 1:
+        raise UsageError(f"--active {active} is not a share: give a number above 0 and at most 1")
+    tell = progress if progress is not None else lambda *_: None
+    tell("Finding feed-forward layers", 0, 1)
+    model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
+    dtype = getattr(model.config, "dtype", None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4  # composite models have one for each part
+    config = PeerConfig(active=active)
+    sites, unseen = _survey(model)
+    rows = [_row(site, config, itemsize) for site in sites]
+    tell("Finding feed-forward layers", 1, 1)
+    able = [row for row in rows if row["convertible"]]
+    totals: dict[str, Any] = {"convertible": len(able), "parameters": sum(row["parameters"] for row in able)}
+    for key in ("bytes_per_token", "flops_per_token"):
+        totals[key] = {when: sum(row[key][when] for row in able) for when in _COSTS}
+    return {
+        "model": printable(source),
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "active": active,
+        "feedforwards": rows,
+        "totals": totals,
+        "unseen": unseen,
+        "weights": why_no_weights(source),
+    }
+
+
+def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
+    """The PEER layers of the converted model in `folder`: its config's entries with path, active and router.
+
+    active and router are shares of the dense layer's multiply-adds per token.
+    """
+    config = read_object(Path(folder).expanduser() / "config.json", CheckpointError, "convert again")
+    rows = []
+    for path, options in config["peer"]["layers"].items():
+        active, router = planned_fractions(options)
+        rows.append({**options, "path": path, "active": active, "router": router})
+    return rows
+
+
+_FEW_PARAMETERS = 200_000_000
+"""Of a model that is made with random weights, where its config alone does not say what it runs: 0.8 GB."""
+
+
+def _survey(model: PreTrainedModel) -> tuple[list[Site], dict[str, str]]:
+    """`survey` of a model on the meta device; what cannot be run there is run with random weights if it is small.
+
+    A model that cannot be run at all has no sites, and the reason at "".
+    """
+    try:
+        found = survey(model)
+    except ConversionError as error:
+        found = [], {"": str(error)}
+    if "" not in found[1] or model.num_parameters() > _FEW_PARAMETERS:
+        return found
+    with suppress(Exception), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        real = survey(type(model)._from_config(model.config, dtype=torch.float32).eval())
+        if len(real[0]) >= len(found[0]):
+            return real
+    return found
+
+
+_COSTS = ("dense", "converted", "router")
+
+
+def _row(site: Site, config: PeerConfig, itemsize: int) -> dict[str, Any]:
+    gated = site.kind == "gated"
+    weights = (3 if gated else 2) * site.d_model * site.d_ff
+    shares = [1.0, 1.0, 0.0]  # of `weights`, in the order of _COSTS
+    reason = site.reason or None
+    if site.convertible:
+        try:
+            options = plan_layer(
+                config,
+                path=site.path,
+                d_model=site.d_model,
+                d_ff=site.d_ff,
+                gated=gated,
+                activation=site.activation,
+            )
+            shares[1:] = planned_fractions(options)
+        except ConversionError as error:
+            reason = str(error)
+    touched = {name: round(share * weights) for name, share in zip(_COSTS, shares, strict=True)}
+    return {
+        "path": site.path,
+        "kind": site.kind,
+        "d_model": site.d_model,
+        "d_ff": site.d_ff,
+        "activation": site.activation,
+        "convertible": reason is None,
+        "reason": reason,
+        "parameters": site.parameters,
+        "bytes_per_token": {name: count * itemsize for name, count in touched.items()},
+        "flops_per_token": {name: count * 2 for name, count in touched.items()},
+    }

@@ -1,0 +1,56 @@
+"""What a conversion would do to each layer of a model, and what it is expected to cost: measured, nothing converted."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from peerify.config.recipe import Recipe
+from peerify.conversion.checkpoint import load_for_conversion
+from peerify.conversion.model import Progress, plan_conversion
+
+
+def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Load the dense model of `recipe` and plan its conversion; `recipe.output` is neither read nor written.
+
+    `convert_checkpoint` of the same recipe measures the same again, and does what the plan says.
+
+    Returns:
+        ``{"model", "layers": [...], "converted", "active_fraction", "router_fraction", "predicted_ratio", "seconds"}``.
+        Each layer has ``{"path", "d_model", "d_ff", "sensitivity", "converted", "active", "router", "num_heads",
+        "topk", "shortlist", "candidates"}``: sensitivity k such that share a costs about k (1 - a)^POWER nats per
+        token, active and router as shares of the dense layer's multiply-adds; the last four are None for a layer that
+        stays dense.
+        The fractions are over all these layers. predicted_ratio is the perplexity over the dense model's.
+
+    Raises:
+        PeerifyError: whatever is wrong with the model, the text or the recipe.
+    """
+    start = time.perf_counter()
+    dense, windows_bt = load_for_conversion(recipe, progress)
+    plan = plan_conversion(dense.model, recipe.convert, windows_bt, progress=progress)
+    rows = []
+    for site in plan.sites:
+        options = plan.layers.get(site.path)
+        active, router = plan.fractions[site.path]
+        rows.append(
+            {
+                "path": site.path,
+                "d_model": site.d_model,
+                "d_ff": site.d_ff,
+                "sensitivity": plan.sensitivity[site.path],
+                "converted": options is not None,
+                "active": active,
+                "router": router,
+                **{key: options and options[key] for key in ("num_heads", "topk", "shortlist", "candidates")},
+            }
+        )
+    return {
+        "model": recipe.model,
+        "layers": rows,
+        "converted": len(plan.configs),
+        "active_fraction": plan.active_fraction,
+        "router_fraction": plan.router_fraction,
+        "predicted_ratio": plan.predicted_ratio,
+        "seconds": time.perf_counter() - start,
+    }

@@ -1,0 +1,225 @@
+"""Refine a layer by gradient, by itself: a router that misses little, and experts that make up for what is missed.
+
+The closed-form fit (router.py) predicts how much each expert matters; what counts in the end is which ones come first.
+With hard top-k there is no gradient, so for the router the choice is relaxed: expert i is in with probability
+m_i = sigmoid((s_i - tau) / T), tau such that the m_i sum to k. Its loss is the energy of what is left out,
+sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking; what would be cut
+from the shortlist is not missed. The experts learn at the same time, under the hard choice, from the squared error of
+the layer's output. Both are taken per token, relative to what there is: a few tokens of many models have activations a
+hundred times the size of all others.
+
+Suffixes: t tokens, d d_model, n experts (scores: routed ones only), h heads, m rows + columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peerify.conversion.precision import fast_products
+from peerify.modeling.peer_keys import ProductKeys
+from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_selection import among_logs, among_sizes, at_least, cell_scores, threshold
+
+BATCH = 512  # tokens
+PASSES = 2  # over the calibration text, unless the number of steps is given
+RATE = 6e-3  # of Adam, for biases in units of the spread of the scores, for queries in that of their elements
+KEY_RATE = 0.15  # for sub-keys, in units of the spread of their elements
+EXPERT_RATE = 0.01  # for the experts' vectors, likewise
+WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
+TEMPERATURE = 0.3  # in units of the spread of the scores
+SLOPE = 0.3  # of the score in the re-ranking, to start from
+NEWTON_STEPS, ENOUGH = 8, 1e-2  # at most; after a step below ENOUGH temperatures, about its square is left
+
+
+def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, seed: int) -> None:
+    """Train router and experts of `layer`, in place.
+
+    Does nothing where the relaxation does not speak of one choice: heads that search one pool or spend budgets of their
+    own, queries with a norm, gates other than unit, and layers that add up everything.
+
+    Args:
+        x_td: calibration input of the layer.
+        target_td: what its output should be.
+        steps: of BATCH tokens each; None: PASSES over `x_td`.
+    """
+    routed = layer.num_experts - layer.num_shared
+    one_choice = not layer.share_pool and (layer.joint_topk or layer.num_heads == 1)
+    if not one_choice or layer.gates != "unit" or layer.keys.query_norm is not None or layer.topk >= routed:
+        return
+    steps = max(1, PASSES * len(x_td) // BATCH) if steps is None else steps
+    if steps == 0:
+        return
+    with torch.enable_grad():
+        _train(layer, x_td, target_td, steps, seed)
+    layer.pool.update_norm()
+    layer.zero_grad(set_to_none=True)
+
+
+def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) -> None:
+    router = _Router(layer, x_td)
+    pool = layer.pool
+    tables = [pool.u, pool.v, pool.gate, pool.u_bias, pool.gate_bias, layer.bias]
+    learned = router.learned() + [(table, EXPERT_RATE * _spread(table)) for table in tables if table is not None]
+    groups = [{"params": [tensor], "rate": rate} for tensor, rate in learned]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for step in range(steps):
+        if len(order) < BATCH:
+            order += torch.randperm(len(x_td), generator=generator).tolist()
+        batch, order = order[:BATCH], order[BATCH:]
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
+        optimizer.zero_grad()
+        with fast_products(x_td):
+            loss = _loss(layer, router, x_td[batch], target_td[batch])
+        loss.backward()
+        optimizer.step()
+    router.store(layer)
+
+
+def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tensor:
+    """Energy that the router misses plus squared error of the output, each as a share of all, per token."""
+    pool, shared, tiny = layer.pool, layer.num_shared, torch.finfo(x_td.dtype).tiny
+    u_tn = F.linear(x_td, pool.u, pool.u_bias).to(x_td.dtype)
+    gate_tn = None if pool.gate is None else F.linear(x_td, pool.gate, pool.gate_bias).to(x_td.dtype)
+    a_tn = pool.activate(u_tn, gate_tn)
+    score_tn = router.scores(x_td)
+    with torch.no_grad():
+        gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
+        total_t1 = size_tn.square().sum(1, keepdim=True).clamp_min(tiny)
+    candidate_tn, missed_tn = torch.ones_like(size_tn), torch.zeros_like(size_tn)
+    if layer.candidates < score_tn.shape[1]:  # else scores only help to re-rank
+        level_t1 = threshold(score_tn, layer.candidates)
+        candidate_tn = at_least(score_tn, level_t1)
+        missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, router.temperature)
+    kept_tn = candidate_tn
+    if router.log_scale_n is not None and layer.shortlist < layer.candidates:
+        with torch.no_grad():
+            probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
+            probed_tn = pool.rerank_factor(probe_tn).clamp_min(1e-30).log()
+        worth_tn = probed_tn + router.log_scale_n + router.slope * score_tn
+        among_tn = among_logs(worth_tn, candidate_tn)
+        least_t1 = threshold(among_tn, layer.shortlist)
+        kept_tn = at_least(among_tn, least_t1)
+        # Being a candidate pays for those that would be shortlisted; being shortlisted, for those that are candidates.
+        missed_tn = missed_tn * at_least(worth_tn, least_t1)
+        cut_tn = 1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, router.temperature)
+        missed_tn = missed_tn + cut_tn * candidate_tn
+    if layer.topk < layer.shortlist:
+        # Of the shortlisted, those that contribute most are added up: what is not among them is not missed.
+        last_t1 = threshold(among_sizes(size_tn, kept_tn), layer.topk)
+        large_tn = at_least(size_tn, last_t1)
+        gain_tn, kept_tn = size_tn * large_tn, kept_tn * large_tn
+    weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
+    y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
+    error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
+    error_t = error_t / target_td.square().sum(1).clamp_min(tiny)
+    return (missed_tn * (gain_tn.square() / total_t1)).sum(1).mean() + error_t.mean()
+
+
+class _Router:
+    """A layer's router in coordinates that suit Adam: standardised input, and scores of spread 1, unless they have a
+    unit of their own."""
+
+    def __init__(self, layer: PEER, x_td: Tensor) -> None:
+        keys = copy.deepcopy(layer.keys)
+        self.keys = keys
+        self.scale_d = x_td.std(0, correction=0).clamp_min(1e-6 * float(x_td.std(correction=0)) + 1e-30)
+        # Without biases nothing could take over what centring moves.
+        self.mean_d = torch.zeros_like(x_td[0]) if keys.sub_key_bias is None else x_td.mean(0)
+        with torch.no_grad():
+            bias_hm = self._at_mean(keys)
+            _meets_input(keys).mul_(self.scale_d)
+            if keys.sub_key_bias is not None:
+                keys.sub_key_bias.copy_(bias_hm)
+            spread = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
+            if keys.act is not None:
+                self.temperature, slope = TEMPERATURE * spread, layer.pool.rerank_slope
+            else:
+                self.temperature, slope = TEMPERATURE, None
+                keys.sub_keys.div_(spread)
+                if keys.sub_key_bias is not None:
+                    keys.sub_key_bias.div_(spread)
+        start = x_td.new_tensor([SLOPE]) if slope is None else slope.detach().clone()
+        self.slope = start.requires_grad_()
+        self.log_scale_n = None
+        if layer.pool.rerank_scale is not None:
+            self.log_scale_n = layer.pool.rerank_scale.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()
+
+    def learned(self) -> list[tuple[Tensor, float]]:
+        """The tensors that learn, and the rates they learn at."""
+        keys = self.keys
+        found: list[tuple[Tensor, float]] = [(keys.sub_keys, KEY_RATE * _spread(keys.sub_keys))]
+        if keys.query_proj is not None:
+            found.append((keys.query_proj.weight, RATE * _spread(keys.query_proj.weight)))
+        if keys.sub_key_bias is not None:
+            found.append((keys.sub_key_bias, RATE))
+        if keys.log_scale is not None:
+            found.append((keys.log_scale, RATE))
+        return found + ([] if self.log_scale_n is None else [(self.slope, RATE / 2), (self.log_scale_n, RATE / 2)])
+
+    def scores(self, x_td: Tensor) -> Tensor:
+        """(t, n), those of the layer, linear ones but for a factor."""
+        return cell_scores(self.keys, *self.keys.sub_scores((x_td - self.mean_d) / self.scale_d))[:, 0]
+
+    def _at_mean(self, keys: ProductKeys) -> Tensor:
+        """Products with the mean input, (h, m): what the bias takes over when the input is centred."""
+        return keys.products(self.mean_d[None])[0]
+
+    @torch.no_grad()
+    def store(self, layer: PEER) -> None:
+        """Into the layer's own parameters."""
+        keys, pool = copy.deepcopy(self.keys), layer.pool
+        _meets_input(keys).div_(self.scale_d)
+        if keys.sub_key_bias is not None:
+            bias_hm = keys.sub_key_bias.clone()
+            keys.sub_key_bias.zero_()
+            keys.sub_key_bias.copy_(bias_hm - self._at_mean(keys))
+        layer.keys.load_state_dict(keys.state_dict())
+        if self.log_scale_n is not None and pool.rerank_scale is not None and pool.rerank_slope is not None:
+            pool.rerank_scale[layer.num_shared :] = self.log_scale_n.exp()
+            pool.rerank_slope.copy_(self.slope)
+
+
+def _meets_input(keys: ProductKeys) -> Tensor:
+    """The weights that are multiplied with a layer's input: queries where there are any, else sub-keys."""
+    return (keys.sub_keys if keys.query_proj is None else keys.query_proj.weight).data
+
+
+def _spread(table: Tensor) -> float:
+    return float(table.detach().std()) if table.numel() > 1 else 0.0
+
+
+class SoftTopK(torch.autograd.Function):
+    """m_i = sigmoid((s_i - tau) / T) with tau such that each row sums to k; gradients pass through tau as well."""
+
+    @staticmethod
+    def forward(ctx: Any, score_tn: Tensor, k: int, tau_t1: Tensor, temperature: float) -> Tensor:
+        """(t, n) in and out; `tau_t1` is where to begin, the k-th largest score."""
+        for _ in range(NEWTON_STEPS):
+            m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
+            sum_t1 = m_tn.sum(1, keepdim=True)
+            slope_t1 = (sum_t1 - m_tn.square_().sum(1, keepdim=True)) / temperature
+            step_t1 = ((sum_t1 - k) / slope_t1.clamp_min(1e-6)).clamp(-temperature, temperature)
+            tau_t1 = tau_t1 + step_t1
+            if float(step_t1.abs().max()) < ENOUGH * temperature:
+                break
+        m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
+        ctx.save_for_backward(m_tn)
+        ctx.temperature = temperature
+        return m_tn
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """d m_i / d s_j = w_i (delta_ij - w_j / sum w) / T with w = m (1 - m)."""
+        (grad_tn,) = grads
+        (m_tn,) = ctx.saved_tensors
+        weight_tn = torch.addcmul(m_tn, m_tn, m_tn, value=-1)
+        mean_t1 = (grad_tn * weight_tn).sum(1, keepdim=True) / weight_tn.sum(1, keepdim=True).clamp_min(1e-12)
+        return (grad_tn - mean_t1).mul_(weight_tn).div_(ctx.temperature), None, None, None

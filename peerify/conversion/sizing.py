@@ -1,0 +1,239 @@
+"""From what the user asked for to the arguments of one PEER layer. Arithmetic only: needs no torch and no weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import psutil
+
+from peerify.config.peer import PeerConfig
+from peerify.errors import ConversionError
+
+# Multiply-adds of queries and sub-keys as a share of those of the experts they retrieve: retrieval stays cheap. Whole
+# experts round the compute that is really spent down, and a quarter shall not be passed.
+ROUTER_SHARE = 0.245
+# A low-rank query of at least d_model over this: with keys of their own for all experts (a grid of one row), it
+# retrieves better than product keys of as many multiply-adds. More experts leave less rank, and product keys win.
+LEAST_RANK = 16
+# Cells of one head's grid: with fewer, a + b sub-keys are hardly fewer than the a * b experts they stand for.
+SMALLEST_GRID = 48
+MOST_SPARE = 15  # spare cells for each expert: they take memory like experts
+# Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
+# fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
+CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
+# Candidates above this share of the experts: then all of them. Scores that only help to re-rank need less rank.
+NEARLY_ALL, RERANK_RANK = 0.9, 1 / 4  # of d_model
+SHORTLIST = (1.3, 1.15, 1.5)  # shortlisted gated experts for each that is added up, likewise
+
+
+def plan_layer(
+    config: PeerConfig,
+    *,
+    path: str,
+    d_model: int,
+    d_ff: int,
+    gated: bool,
+    activation: str,
+    expert_bias: bool = False,
+    gate_bias: bool = False,
+    output_bias: bool = False,
+    learned: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments of `PEER` for one dense layer; `learned`: its activation function has parameters.
+
+    `rerank` stays "auto" where the data decide between "gate" and "up".
+
+    Raises:
+        ConversionError: `config` asks for something that this layer has no room for.
+    """
+    if min(d_model, d_ff) < 1:
+        raise ConversionError(f"{path}: a layer of {d_model}×{d_ff} has no neurons to convert")
+    config = config.expanded()
+    vectors = 3 if gated else 2
+    num_experts = config.num_experts or d_ff
+    num_shared = config.num_shared or 0
+    routed = num_experts - num_shared
+    if routed < 1:
+        raise ConversionError(
+            f"{path}: num_shared {num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
+        )
+    taken, there = 4 * vectors * num_experts * d_model, psutil.virtual_memory().total
+    if num_experts > d_ff and taken > there:
+        raise ConversionError(
+            f"{path}: {num_experts:,} experts of width {d_model} take {taken / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f} GB: lower num_experts"
+        )
+    gates = config.gates or "unit"
+    share_pool = bool(config.share_pool)
+    joint_topk = not share_pool if config.joint_topk is None else config.joint_topk
+    rerank = None if config.rerank == "none" or gates == "softmax" else config.rerank
+    if rerank == "gate" and not gated:
+        raise ConversionError(f"{path}: rerank 'gate' needs gated experts, and these are plain: use up or auto")
+
+    # The compute asked for, in multiply-adds per d_model: one projection of one expert is 1.
+    compute = None
+    if config.active is not None:
+        compute = config.active * vectors * d_ff - vectors * num_shared
+        if compute < vectors:
+            least = (num_shared + 1) / d_ff
+            also = " or lower num_shared" if num_shared else ""
+            raise ConversionError(
+                f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
+                f"there can be: raise active to at least {least:.2g}{also}"
+            )
+    else:
+        shortlisted = config.shortlist or config.topk or 0
+        per_head = (config.candidates or 0) + shortlisted * (vectors - 2) + (config.topk or 0) or 1
+        compute_guess = (config.num_heads or 8) * per_head
+    key_budget = ROUTER_SHARE * (compute if compute is not None else compute_guess)
+    rank = int(key_budget * d_model / (d_model + routed + 1))
+    given = (config.num_heads, config.grid, config.query_dim, config.query_norm)
+    low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
+    estimate = low_rank and gates == "unit" and rerank != "gate" and not learned and config.estimate is not False
+    if config.estimate and not estimate:
+        raise ConversionError(
+            f"{path}: estimate is for unit gates, a low-rank query with a key for each expert, and re-ranking by up, "
+            "and here that does not hold: leave estimate out"
+        )
+    if estimate and rerank == "auto":
+        rerank = "up"  # the factor that scores do not estimate
+    num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
+
+    topk, shortlist, candidates = config.topk, config.shortlist, config.candidates
+    if compute is not None:
+        share = (CANDIDATES[vectors][0], SHORTLIST[0]) if rerank else None
+        topk, shortlist, candidates = _split(compute, routed, num_heads, share, vectors)
+    assert topk is not None
+    shortlist = shortlist or topk
+    candidates = candidates or shortlist
+    if shortlist > topk and not gated:
+        raise ConversionError(f"{path}: shortlist {shortlist} needs gated experts, and these are plain: leave it out")
+    cells = routed if share_pool else math.ceil(routed / num_heads)
+    if config.topk is not None and num_heads * candidates > routed * (num_heads if share_pool else 1):
+        raise ConversionError(
+            f"{path}: {num_heads} heads x {candidates} retrieved each is above its {routed} experts: "
+            "lower num_heads, topk or candidates"
+        )
+    if candidates == topk:
+        rerank = None
+    query_dim = min(rank, d_model) if low_rank else config.query_dim
+    if query_dim is None and (config.share_keys or config.query_norm):
+        query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
+    return {
+        "d_model": d_model,
+        "num_experts": num_experts,
+        "grid": list(grid),
+        "num_heads": num_heads,
+        "topk": min(topk, cells) if not joint_topk else topk,
+        "shortlist": min(shortlist, cells) if not joint_topk else shortlist,
+        "candidates": min(candidates, cells) if not joint_topk else candidates,
+        "activation": activation,
+        "gated": gated,
+        "expert_bias": expert_bias,
+        "gate_bias": gate_bias,
+        "output_bias": output_bias,
+        "num_shared": num_shared,
+        "share_pool": share_pool,
+        "share_keys": bool(config.share_keys),
+        "joint_topk": joint_topk,
+        "gates": gates,
+        "query_dim": query_dim,
+        "share_query": low_rank or bool(config.share_query),
+        "query_norm": bool(config.query_norm),
+        "key_bias": not config.query_norm,  # a batch norm has a bias of its own
+        "estimate": estimate,
+        "rerank": rerank,
+        "d_ff": d_ff,
+    }
+
+
+def splits(config: PeerConfig, plan: dict[str, Any]) -> list[list[tuple[int, int, int]]]:
+    """The (topk, shortlist, candidates) per head of equal compute that the calibration data may choose from.
+
+    First those that differ in candidates, the plan's own at their head; then, for each of them, those that differ in
+    what is shortlisted of them.
+    """
+    if config.active is None or plan["rerank"] is None:
+        return [[(plan["topk"], plan["shortlist"], plan["candidates"])]]
+    vectors = 3 if plan["gated"] else 2
+    compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"]
+    routed = plan["num_experts"] - plan["num_shared"]
+    found = [
+        dict.fromkeys(_split(compute, routed, plan["num_heads"], (share, ratio), vectors) for ratio in SHORTLIST)
+        for share in CANDIDATES[vectors]
+    ]
+    return [list(options) for options in found]
+
+
+def _split(
+    compute: float, routed: int, num_heads: int, shares: tuple[float, float] | None, vectors: int
+) -> tuple[int, int, int]:
+    """topk, shortlist and candidates per head that spend at most `compute`, and all of it where there are experts
+    enough.
+
+    `shares` are those of candidates, per expert that `compute` pays for, and of the shortlist, per expert added up;
+    None: without re-ranking.
+    """
+    everything = math.ceil(routed / num_heads)
+    if compute >= vectors * routed:
+        return everything, everything, everything
+    if shares is None:
+        topk = max(1, int(compute / vectors / num_heads))
+        return topk, topk, topk
+    wanted = min(routed, shares[0] * compute / vectors)
+    candidates = everything if wanted > NEARLY_ALL * routed else round(wanted / num_heads)
+    candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
+    left = (compute - min(num_heads * candidates, routed)) / num_heads  # for all that comes after probing
+    if vectors == 2:
+        shortlist = topk = max(1, min(int(left), candidates))
+        return topk, shortlist, candidates
+    shortlist = max(1, min(round(left * shares[1] / (1 + shares[1])), int(left) - 1, candidates))
+    return max(1, min(int(left - shortlist), shortlist)), shortlist, candidates
+
+
+def _grid(
+    config: PeerConfig, path: str, routed: int, share_pool: bool, key_budget: float
+) -> tuple[int, tuple[int, int]]:
+    """Number of heads and the grid of each.
+
+    Heads that own parts of the pool: as many sub-keys as `key_budget` allows, since they decide how well retrieval
+    can be fitted, with few spare cells.
+    """
+    heads = config.num_heads
+    if config.grid is not None:
+        cells = config.grid[0] * config.grid[1]
+        heads = heads or (8 if share_pool else math.ceil(routed / cells))
+        spare = cells * (1 if share_pool else heads) - routed
+        if not 0 <= spare < cells or spare > MOST_SPARE * routed:
+            raise ConversionError(
+                f"{path}: a grid of {config.grid[0]}x{config.grid[1]} with {heads} heads has "
+                f"{cells * (1 if share_pool else heads)} cells for {routed} experts: choose cells that hold all of "
+                "them without leaving a whole grid, or nearly all of it, empty"
+            )
+        return heads, config.grid
+    if share_pool:
+        rows = math.isqrt(routed)
+        best = min(_shapes(routed, 1), key=lambda shape: (shape[1], shape[0]), default=(rows, 0, (rows + 1, rows + 1)))
+        return heads or 8, best[2]
+    options = []
+    for count in [heads] if heads else range(1, max(1, routed // SMALLEST_GRID) + 1):
+        options += [(sum(grid) * count, spare, count, grid) for _, spare, grid in _shapes(routed, count)]
+    if not options:  # more heads than experts, or so many that even the smallest grids leave a head empty
+        raise ConversionError(f"{path}: {heads} heads cannot divide {routed} experts: lower num_heads")
+    affordable = [option for option in options if option[0] <= key_budget] or [min(options)]
+    # Among equally wasteful ones, most sub-keys; a spare cell costs as much as a sub-key gains.
+    _, _, count, grid = max(affordable, key=lambda o: (o[0] - 4 * o[1], -o[2], o[3]))
+    return count, grid
+
+
+def _shapes(routed: int, heads: int) -> list[tuple[int, int, tuple[int, int]]]:
+    """(sub-keys, spare cells, grid) of the grids that hold `routed` experts in `heads` parts, rows <= columns."""
+    cells = math.ceil(routed / heads)
+    shapes = []
+    for rows in range(max(1, math.isqrt(cells // 2)), math.isqrt(cells) + 1):
+        columns = math.ceil(cells / rows)
+        spare = heads * rows * columns - routed
+        if spare < rows * columns:
+            shapes.append((rows + columns, spare, (rows, columns)))
+    return shapes

@@ -1,0 +1,1 @@
+"""Where the feed-forward layers of any transformers model are, and what they compute."""

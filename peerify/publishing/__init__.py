@@ -1,0 +1,1 @@
+"""A converted model on the Hub, proven by loading it back."""

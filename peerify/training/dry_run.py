@@ -1,0 +1,156 @@
+"""What a training run will do and take, from configs alone: no weights are read, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerify.checkpoint.load import load_skeleton
+from peerify.config.recipe import Recipe
+from peerify.config.train import StageConfig, TrainConfig
+from peerify.conversion.sizing import plan_layer
+from peerify.discovery.sites import find_feedforwards, select_sites
+from peerify.errors import ConversionError
+from peerify.modeling.peer_layer import PEER
+from peerify.training import groups
+from peerify.training.checks import check_space, check_training, run_folder, section
+from peerify.training.footprint import memory_of
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Trainable parameters, memory, tokens, steps and FLOPs of `recipe.train`.
+
+    Memory (`memory_of`) and FLOPs are estimates for one process. Two FLOPs are one multiply-add; attention's own
+    products are counted, too.
+
+    Returns:
+        ``{"parameters", "steps", "tokens", "batch_size", "context", "flops", "checkpoint_bytes", "stages": [...]}``;
+        each stage has ``{"stage", "train", "steps", "tokens", "trainable", "groups": {name: parameters},
+        "objectives", "optimizer", "lr", "flops", "memory": {part: bytes, "total"}}``.
+
+    Raises:
+        PeerifyError: what the run itself would refuse: see `check_training`, `load_skeleton` and `check_space`.
+    """
+    config = section(recipe)
+    check_training(recipe)
+    tell = progress if progress is not None else lambda *_: None
+    tell("Planning", 0, 1)
+    model, dense_parameters = _converted_skeleton(recipe)
+    check_space(config, model, run_folder(recipe))
+    parameters = _count(model)
+    stages, steps = [], config.steps_of_stages()
+    for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
+        stages.append(_stage(model, config, number, stage, count, dense_parameters))
+    tell("Planning", 1, 1)
+    trainable = max(stage["trainable"] for stage in stages)
+    return {
+        "parameters": parameters,
+        "steps": sum(steps),
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "batch_size": config.batch_size,
+        "context": config.data.context,
+        "flops": sum(stage["flops"] for stage in stages),
+        "checkpoint_bytes": config.checkpoints.keep * (4 * parameters + 8 * trainable) + 4 * parameters,
+        "stages": stages,
+    }
+
+
+def _converted_skeleton(recipe: Recipe) -> tuple[Any, int]:
+    """The model that will train, on the meta device, and the number of the dense teacher's parameters.
+
+    Before it is converted, as if all layers got the same share: their sizes differ little by it.
+    """
+    dense: Any = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    dense_parameters = _count(dense)
+    if (Path(recipe.output).expanduser() / "config.json").exists():
+        model = load_skeleton(recipe.output, converted_too=True)
+        groups.require_peer(model)
+        return model, dense_parameters
+    sites = select_sites(find_feedforwards(dense), recipe.convert.layers)
+    for site in sites:
+        if not site.convertible:
+            raise ConversionError(f"{site.path} cannot be converted: {site.reason}")
+        options = plan_layer(
+            recipe.convert,
+            path=site.path,
+            d_model=site.d_model,
+            d_ff=site.d_ff,
+            gated=site.kind == "gated",
+            activation=site.activation,
+        )
+        if options["rerank"] == "auto":
+            options["rerank"] = "up"
+        with torch.device("meta"):
+            layer = PEER(**options)
+        _put(dense, site.path, layer)
+    return dense, dense_parameters
+
+
+def _put(model: nn.Module, path: str, layer: PEER) -> None:
+    """In place of the dense layer; where its parts are spliced in, they stay beside it, which counts them too often."""
+    model.set_submodule(path, layer)
+
+
+def _stage(
+    model: Any, config: TrainConfig, number: int, stage: StageConfig, steps: int, teacher: int
+) -> dict[str, Any]:
+    plain = stage.model_copy(update={"train": "peer"}) if stage.train == "peer+lora" else stage
+    groups.select_trainable(model, plain)
+    if stage.train == "lisa":
+        groups.apply_lisa(model, groups.lisa_blocks(model, stage, 0, config.seed))
+    counts = {
+        group["name"]: sum(parameter.numel() for parameter in group["params"])
+        for group in groups.parameter_groups(model, stage)
+    }
+    if stage.train == "peer+lora":
+        counts["adapters"] = _adapter_parameters(model, stage.lora.rank)
+    trainable, parameters = sum(counts.values()), _count(model)
+    tokens = steps * config.batch_size * config.data.context
+    needs_teacher = stage.objectives.needs_teacher
+    embeddings = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embeddings
+    used = parameters - (0 if tied else embeddings.numel())  # a look-up takes no products
+    text = model.config.get_text_config()
+    attention = text.num_hidden_layers * config.data.context * text.hidden_size  # causal: half of all pairs, twice
+    # Forward; backward to the inputs; backward to what trains; forward of the teacher.
+    per_token = 2 * (2 * used + min(trainable, used)) + (2 * teacher if needs_teacher else 0) + 8 * attention
+    names = [name for name, weight in stage.objectives.model_dump(exclude={"kl_topk"}).items() if weight]
+    return {
+        "stage": number,
+        "train": stage.train,
+        "steps": steps,
+        "tokens": tokens,
+        "trainable": trainable,
+        "groups": counts,
+        "objectives": names,
+        "optimizer": stage.optimizer.name,
+        "lr": stage.optimizer.lr,
+        "flops": per_token * tokens,
+        "memory": memory_of(
+            model,
+            config,
+            stage,
+            parameters=parameters + counts.get("adapters", 0),
+            trainable=trainable,
+            teacher=teacher,
+        ),
+    }
+
+
+def _adapter_parameters(model: Any, rank: int) -> int:
+    inside = tuple(path + "." for path in groups.peer_layers(model))
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside) and module is not model.get_output_embeddings()
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,173 @@
+"""Tables and JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from peerify.cli import tables as report
+
+
+def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "model." + "very_long_name." * 12 + "mlp"
+    layer = {"path": path, "num_experts": 1536, "active": 0.5, "usage": 0.998, "kl_uniform": 0.35}
+    result = {"model": "m", "perplexity": 45.1, "tokens": 16384, "against": None, "layers": [layer] * 30}
+    report.print_evaluation(result)
+    out = capsys.readouterr().out
+    assert out.count(path) == 30
+    assert "\x1b" not in out
+    assert len(out.splitlines()) < 45, "one line for each layer"
+
+
+def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cost = {"dense": 4000, "converted": 2000, "router": 100}
+    site = {"kind": "gated", "d_model": 8, "d_ff": 32, "activation": "silu", "parameters": 768}
+    site |= {"convertible": True, "reason": None, "bytes_per_token": cost, "flops_per_token": cost}
+    sites = [site | {"path": f"h.{i}.mlp"} for i in range(12)]
+    sites[7] |= {"convertible": False, "reason": "its weights are shared"}
+    sites[9] |= {"d_ff": 64}
+    totals = {"convertible": 11, "bytes_per_token": cost, "flops_per_token": cost}
+    result = {"model": "m", "model_type": "t", "parameters": 1234567, "active": 0.5, "feedforwards": sites}
+    report.print_inspection(result | {"totals": totals})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "h." in line]
+    assert [row[:2] for row in rows] == [
+        ["0–6", "h.0–6.mlp"],
+        ["7", "h.7.mlp"],
+        ["8", "h.8.mlp"],
+        ["9", "h.9.mlp"],
+        ["10–11", "h.10–11.mlp"],
+    ]
+    assert " ".join(rows[1]).endswith("8×32 because its weights are shared")
+    assert " ".join(rows[3]).endswith("8×64 768 4 kB 2 kB 100 B")
+
+
+def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_json({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (True, None, "é")}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": [True, None, "é"]}}
+
+
+def test_the_plan_shows_what_stays_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = {"sensitivity": 0.0123, "active": 0.25, "router": 0.06, "num_heads": 1, "topk": 18, "candidates": 36}
+    dense = dict.fromkeys(("num_heads", "topk", "candidates")) | {"sensitivity": 4.5, "active": 1.0, "router": 0.0}
+    layers = [layer | {"path": "a.0.mlp", "converted": True}, dense | {"path": "a.1.mlp", "converted": False}]
+    result = {"model": "m", "layers": layers, "converted": 1, "active_fraction": 0.625, "router_fraction": 0.03}
+    report.print_plan(result | {"predicted_ratio": 1.0987, "seconds": 3.0})
+    out = capsys.readouterr().out
+    assert re.search(r"a\.0\.mlp +0\.0123 +25\.0% +1 × 18 of 36 +6\.0%", out)
+    assert re.search(r"a\.1\.mlp +4\.5000 +dense *$", out, re.MULTILINE)
+    assert "1 of 2 layers would be converted, with 62.5% of the compute of all 2 active" in out
+    assert "predicted perplexity: 1.099×" in out
+
+
+def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = {
+        "path": "a.mlp",
+        "num_experts": 1536,
+        "grid": [6, 8],
+        "num_heads": 32,
+        "topk": 18,
+        "candidates": 36,
+    }
+    # as config.json has them: sorted as text
+    layers = [
+        layer | {"path": "a.10.mlp", "candidates": None, "active": 1.0},
+        layer | {"path": "a.9.mlp", "active": 0.5},
+    ]
+    result = {
+        "layers": ["a.9.mlp", "a.10.mlp"],
+        "output": "OUT",
+        "active_fraction": 0.75,
+        "router_fraction": 0.098,
+        "seconds": 61.4,
+        "peak_rss_mb": 1234.5,
+    }
+    report.print_conversion(result | {"layer_errors": {"a.9.mlp": 0.01234}}, layers)
+    out = capsys.readouterr().out
+    first = r"a\.9\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +0\.0123"
+    second = r"a\.10\.mlp +1,536 +6×8 +32 × 18 +100\.0% +–"
+    assert re.search(rf"{first}\s+{second}", out), "in the order in which they run"
+    assert "2 layers converted, 75.0% of their compute active (and 9.8% for the router), in 61 s" in out
+    assert "next: peerify eval OUT" in out
+
+
+def test_short_work_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with report.progress_on_stderr() as progress:
+        for done in range(5):
+            progress("Counting", done, 5)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_outside_a_terminal_shows_two_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PATIENCE_S", 0.02)
+    with report.progress_on_stderr() as progress:
+        for done in range(4):
+            progress("Counting [red] sheep", done, 4)
+            time.sleep(0.03)
+        progress("Counting [red] sheep", 4, 4)
+        progress("Sleeping", 0, 1)
+        time.sleep(0.1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "Counting [red] sheep …",
+        "Counting [red] sheep: 0 s",
+        "Sleeping …",
+        "Sleeping: 0 s",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(report, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(
+        report, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100, color_system=None)
+    )
+
+    def wait_for(words: str) -> None:
+        end = time.monotonic() + 20
+        while not re.search(words, screen.getvalue()):
+            assert time.monotonic() < end, screen.getvalue()[-200:]
+            time.sleep(0.01)
+
+    with report.progress_on_stderr() as progress:
+        progress("Counting", 1, 4)
+        wait_for("Counting .*25 %")
+        progress("Counting", 3, 4)
+        wait_for(r"Counting .*75 % 0:00:0\d 0:00:0\d left")
+        assert "100 %" not in screen.getvalue()
+        progress("Sleeping", 0, 1)
+        wait_for("Counting .*100 %.*\n.*Sleeping .* 0 %")
+    assert screen.getvalue().rsplit("Sleeping", 1)[1].count("100 %") == 1, "the end is the end of all stages"
+
+
+def test_time_left_is_at_the_mean_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    task = types.SimpleNamespace(total=30, completed=10, elapsed=150.0, fields={"spent": 100.0})
+    assert report._TimeLeft().render(task).plain == "0:02:30 left"  # 100 s for 10 of 30, and 50 s more since
+    task.elapsed = 1000.0
+    assert report._TimeLeft().render(task).plain == "0:00:00 left"
+    task.completed = 0
+    assert report._TimeLeft().render(task).plain == ""
+
+
+def test_a_failing_library_call_takes_its_bar_away() -> None:
+    def divide() -> None:
+        with report.progress_on_stderr() as progress:
+            reports.append(progress)
+            progress("Dividing", 0, 1)
+            raise ZeroDivisionError
+
+    reports: list[report.ProgressReport] = []
+    with pytest.raises(ZeroDivisionError):
+        divide()
+    assert reports[0]._timer is None
