@@ -52,6 +52,8 @@ class End:
 def command(*argv: str, after: float | None = None, number: int = signal.SIGKILL) -> End:
     """`peerify ARGV` in a forked child of its own group, which gets the signal `number` `after` so many seconds."""
     out, err = Path(".out").absolute(), Path(".err").absolute()
+    out.touch()  # a child may be killed before it does
+    err.touch()
     started = time.monotonic()
     child = os.fork()
     if not child:
@@ -231,7 +233,7 @@ def test_push(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_eval_that_a_signal_stops(here: Path, seed: int, number: signal.Signals) -> None:
-    argv = ["eval", "dense", "--data", "train.txt", "--json"]
+    argv = ["eval", "dense", "--data", "train.txt", "--context", "32", "--json"]
     interrupted(argv, seed, number)
 
 

@@ -150,11 +150,8 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint. Folders appear only when complete."""
-        if not self.folder.is_dir():
-            return None
-        found = [entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name) and is_checkpoint(entry)]
-        return max(found, key=lambda entry: int(entry.name[5:]), default=None)
+        """The newest complete checkpoint."""
+        return next(reversed(self._complete()), None)
 
     def save(self, state: RunState, weights: dict[str, Tensor], optimizer: dict[str, dict[str, Any]] | None) -> Path:
         """Write a checkpoint, then remove those that are one too many.
@@ -167,13 +164,20 @@ class Checkpoints:
             _write(folder, weights, state)
             if optimizer is not None:
                 torch.save(optimizer, folder / "optimizer.pt")
-        entries = sorted(
-            (entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name) and is_checkpoint(entry)),
-            key=lambda entry: int(entry.name[5:]),
-        )
-        for old in entries[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.prune()
         return target
+
+    def prune(self) -> None:
+        """Remove checkpoints that are too many: at a start, too, where a run was killed between writing and this."""
+        for old in self._complete()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        """All complete checkpoints, the newest last. Folders appear only when complete."""
+        if not self.folder.is_dir():
+            return []
+        found = [entry for entry in self.folder.iterdir() if NAME.fullmatch(entry.name) and is_checkpoint(entry)]
+        return sorted(found, key=lambda entry: int(entry.name[5:]))
 
     def save_best(self, state: RunState, weights: dict[str, Tensor]) -> None:
         """Put these weights in the place of the best so far."""

@@ -82,6 +82,8 @@ def train_checkpoint(
         if accelerator.is_main_process:
             if latest is None:
                 checkpoints.clear()
+            else:
+                checkpoints.prune()
             folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(folder.name)
