@@ -215,3 +215,9 @@ class Retrieved(NamedTuple):
     """Their gate values; 0 leaves a candidate out."""
     score_tc: torch.Tensor | None
     """Their scores; None where several heads search one pool, so that an expert may have several."""
+
+    def split(self, tokens: int) -> list[Retrieved]:
+        """The same for so many tokens at a time."""
+        index, weight = self.index_tc.split(tokens), self.weight_tc.split(tokens)
+        score = [None] * len(index) if self.score_tc is None else self.score_tc.split(tokens)
+        return [Retrieved(*part) for part in zip(index, weight, score, strict=True)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer_reference import make, normals, reference
 
+from peerify.modeling import peer_experts
 from peerify.modeling.peer_selection import among_logs, largest, threshold, topk_indices
 
 
@@ -95,6 +97,17 @@ def test_both_forms_are_the_rule(data: st.DataObject, seed: int) -> None:
     found = layer.retrieve(x_td)
     if found is not None:
         torch.testing.assert_close(layer.pool.gathered(x_td, found, layer.shortlist, layer.topk), y_td)
+
+
+@pytest.mark.parametrize("gates", ["unit", "softmax"])
+def test_tokens_are_gathered_a_few_at_a_time(gates: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    layer = make(seed, d_model=5, num_experts=64, grid=(8, 8), num_heads=2, topk=4, gates=gates, share_keys=False)
+    x_td = normals(11, 5, seed=seed + 1)
+    with torch.no_grad():
+        found = layer.retrieve(x_td)
+        together = layer.pool.gathered(x_td, found, layer.shortlist, layer.topk)
+        monkeypatch.setattr(peer_experts, "GATHERED", 8 * 5 * 3)  # three tokens
+        torch.testing.assert_close(layer.pool.gathered(x_td, found, layer.shortlist, layer.topk), together)
 
 
 def test_indices_are_of_the_largest() -> None:

@@ -235,6 +235,8 @@ def test_checkpoints_rotate_and_read_back(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         kept.save(state.RunState(step=step, losses=[0.1 + 0.2]), weights, optimizer)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000010", "step-000015"]
+    state.Checkpoints(tmp_path / "run", keep=1).prune()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000015"]
     latest = kept.latest()
     assert latest is not None
     assert state.read_state(latest) == state.RunState(step=15, losses=[0.1 + 0.2])
