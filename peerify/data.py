@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch
 
 from peerify.errors import DataError, UsageError
 from peerify.hub_calls import reachable
+from peerify.progress import Progress
 from peerify.reading import local_path, printable, reason, shown
-
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +163,11 @@ def is_hub_dataset(spec: str) -> bool:
     path = local_path(spec, DataError)
     looks_local = path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~"))
     return not path.exists() and not looks_local
+
+
+def public_name(spec: str) -> str:
+    """A text as others may see it: a local file by its name only."""
+    return Path(spec).name if Path(spec).expanduser().exists() else spec
 
 
 def check_source(spec: str) -> Path | None:

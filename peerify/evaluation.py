@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 
 from peerify.data import check_windows
 from peerify.errors import CheckpointError, DataError
-
-Progress = Callable[[str, int, int], None]
+from peerify.modules import peer_layers
+from peerify.progress import Progress, teller
 
 STAGE = "Evaluating"
 TOKENS_AT_ONCE = 128  # rows of the vocabulary softmax held in fp32; bounds memory, changes no result
@@ -68,7 +67,7 @@ def evaluate(
     loss_m = [0.0] * len(models)
     kl = 0.0
     done, total = 0, windows_bt.shape[0]
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     tell(STAGE, done, total)
     with _count_retrievals(model) as counts:
         for batch_bt in windows_bt.split(batch_size):
@@ -105,7 +104,7 @@ def evaluate(
             "ratio": perplexity_m[0] / perplexity_m[1],
             "kl": kl / predictions,
         },
-        "layers": [_usage(path, module, counts[path]) for path, module in _peer_layers(model)],
+        "layers": [_usage(path, module, counts[path]) for path, module in peer_layers(model).items()],
     }
 
 
@@ -133,7 +132,7 @@ def evaluate_checkpoint(
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
     """
     from peerify.checkpoint.load import load_for_eval
-    from peerify.data import check_source, load_windows
+    from peerify.data import check_source, load_windows, public_name
 
     check_source(data)  # a wrong name is told before a large model is read
 
@@ -159,8 +158,7 @@ def evaluate_checkpoint(
     )
     if result["against"] is not None:
         result["against"] = {"model": against, **result["against"]}
-    public = Path(data).name if Path(data).expanduser().exists() else data
-    return {"model": source, "data": public, "context": context, **result}
+    return {"model": source, "data": public_name(data), "context": context, **result}
 
 
 def _check(model: Any, windows_bt: torch.Tensor) -> None:
@@ -187,17 +185,12 @@ def _perplexity(mean_loss: float, model: nn.Module) -> float:
     return math.exp(min(mean_loss, 700.0))  # e^709 is the largest double
 
 
-def _peer_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    # By what they can do, not by class: a model loaded with trust_remote_code has a copy of the PEER class.
-    return [(path, module) for path, module in model.named_modules() if hasattr(module, "active_experts")]
-
-
 @contextmanager
 def _count_retrievals(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """While open, every forward adds to {path: how often each expert was retrieved (n, float64)}."""
     counts: dict[str, torch.Tensor] = {}
     hooks = []
-    for path, layer in _peer_layers(model):
+    for path, layer in peer_layers(model).items():
         counts[path] = torch.zeros(layer.num_experts, dtype=torch.float64)
 
         def count(module: Any, args: tuple[torch.Tensor, ...], path: str = path) -> None:

@@ -22,7 +22,7 @@ _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
 Result = TypeVar("Result")
 
 
-class Patience:
+class Retry:
     """How long to go on in spite of a Hub that is busy, down or gone."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Patience:
         """Something was achieved: be as patient as at first."""
         self._waited, self._pause = 0.0, 1.0
 
-    def keep(self, attempt: Callable[[], Result]) -> Result:
+    def call(self, attempt: Callable[[], Result]) -> Result:
         """Call `attempt` until it succeeds; its last error when it cannot, or when waiting was in vain.
 
         `attempt` has to be fit for repetition: it may have been carried out without an answer.

@@ -19,9 +19,9 @@ from peerify.checkpoint.record import read_record
 from peerify.config.recipe import Recipe
 from peerify.data import check_source
 from peerify.errors import OutputError, UsageError
+from peerify.progress import Progress
 from peerify.reading import local_path, read_object, shown
 
-Progress = Callable[[str, int, int], None]
 STAGES = ("convert", "train", "eval", "push")
 
 

@@ -52,10 +52,26 @@ def test_no_export_is_hidden_by_a_module() -> None:
 
 
 # Each package and module imports from those before it, and from itself.
-LEVELS = (
-    *("errors", "reading", "memory", "hub_calls", "config", "discovery", "modeling", "checkpoint", "data"),
-    *("conversion", "publishing", "training", "evaluation", "pipeline", "cli", "__main__"),
-)
+LEVELS = [
+    "errors",
+    "progress",
+    "modules",
+    "memory",
+    "reading",
+    "hub_calls",
+    "config",
+    "discovery",
+    "modeling",
+    "checkpoint",
+    "data",
+    "conversion",
+    "publishing",
+    "training",
+    "evaluation",
+    "pipeline",
+    "cli",
+    "__main__",
+]
 
 
 def test_nothing_imports_upward_or_in_a_circle() -> None:

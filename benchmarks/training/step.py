@@ -23,10 +23,11 @@ import torch
 
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.train import OptimizerConfig, StageConfig
+from peerify.modules import peer_layers
 from peerify.training.groups import parameter_groups, require_peer, select_trainable
 from peerify.training.malloc import keep_freed_memory
 from peerify.training.objectives import prediction_loss, shifted
-from peerify.training.straight_through import Router, peer_layers
+from peerify.training.straight_through import StraightThrough
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
     temperature = stage.temperature if options.router == "trained" else None
     seconds: dict[str, list[float]] = {name: [] for name in models}
     processor: dict[str, list[float]] = {name: [] for name in models}
-    with Router(models["converted"], temperature=temperature, every=stage.router_every):
+    with StraightThrough(models["converted"], temperature=temperature, every=stage.router_every):
         steps["converted"] = Step(models["converted"], teacher, stage, options.precision)
         for number in range(options.steps + 1):
             for name, step in steps.items():

@@ -59,7 +59,7 @@ class Boundary(click.Group):
             message, code, trace = str(error), error.exit_code, traceback.format_exc()
         except KeyboardInterrupt as error:
             trace = traceback.format_exc()
-            output = ctx.meta.get("peerify.checkpoint.atomic")
+            output = ctx.meta.get("peerify.output")
             state = f"; {error}" if str(error) else f"; {output} left as it was" if output else ""
             word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
             message = f"{word}{state}"
@@ -109,7 +109,7 @@ def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(flag, key.replace(".", "__"), default=None, help=text, **settings)
 
 
-def said(flags: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+def given_flags(flags: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """What was said of the promoted flags, as `Recipe.load` takes it."""
     given: dict[str, tuple[str, Any]] = {}
     for flag, key in PROMOTED.items():

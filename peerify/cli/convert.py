@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from peerify.cli.base import cli, common, library, overridable, promoted, require_calibration, said
+from peerify.cli.base import cli, common, given_flags, library, overridable, promoted, require_calibration
 from peerify.config.recipe import Recipe
 
 
@@ -65,8 +65,8 @@ def convert(
         given["model"] = ("MODEL", model)
     if out is not None:
         given["output"] = ("OUT", out)
-    recipe = Recipe.load(recipe_file, overrides, given | said(flags))
-    ctx.meta["peerify.checkpoint.atomic"] = recipe.output
+    recipe = Recipe.load(recipe_file, overrides, given | given_flags(flags))
+    ctx.meta["peerify.output"] = recipe.output
     require_calibration(recipe)
     with library(as_json) as progress:
         from peerify.conversion.checkpoint import convert_checkpoint

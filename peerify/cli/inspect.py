@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from peerify.cli.base import cli, common, library, overridable, promoted, require_calibration, said
+from peerify.cli.base import cli, common, given_flags, library, overridable, promoted, require_calibration
 from peerify.config.recipe import Recipe
 from peerify.errors import UsageError
 
@@ -54,7 +54,7 @@ def inspect(
     """
     if model is None and not (plan and recipe_file):
         raise click.MissingParameter(param_type="argument", param_hint="'MODEL'")
-    given = said(flags)
+    given = given_flags(flags)
     if plan:
         _plan(model, recipe_file, overrides, given, as_json)
         return

@@ -52,7 +52,7 @@ def train(
         from peerify.training.checks import output_of
         from peerify.training.train import train_checkpoint
 
-        ctx.meta["peerify.checkpoint.atomic"] = output_of(loaded)
+        ctx.meta["peerify.output"] = output_of(loaded)
         result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)
     if result is not None:  # the main process
         tables.print_json(result) if as_json else tables.print_training(result)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerify.conversion.block_cache import Recall
+from peerify.conversion.block_cache import BlockCache
 from peerify.conversion.calibration import Batch, SiteData, on_device, walk
 from peerify.conversion.feedforward import replaced
 from peerify.conversion.sizing import RERANK_RANK
@@ -54,12 +54,12 @@ def sensitivities(
         build: makes a converted layer of what a site sees, and says how active it is.
     """
     fitted, held_out = _samples(batches)
-    recall, wanted = Recall(model, sites), []
+    cache, wanted = BlockCache(model, sites), []
     for batch in held_out:
-        with torch.no_grad(), recall.recording():
+        with torch.no_grad(), cache.recording():
             wanted.append(_output(model, batch))
     with torch.no_grad():
-        recall.check(lambda: _distance(model, held_out[0], wanted[0]), sites[-1])
+        cache.check(lambda: _distance(model, held_out[0], wanted[0]), sites[-1])
     found: dict[str, float] = {}
     for data in walk(model, sites, fitted):
         if progress:
@@ -70,7 +70,7 @@ def sensitivities(
         with torch.no_grad(), replaced(model, data.site, layer.to(parameter.device, parameter.dtype)):
             moved = 0.0
             for i, batch in enumerate(held_out):
-                with recall.answering(i, data.site):
+                with cache.answering(i, data.site):
                     moved += _distance(model, batch, wanted[i])
         found[data.site.path] = max(moved / len(held_out), 1e-12) / max(1 - active, 1e-3) ** POWER
     if progress:

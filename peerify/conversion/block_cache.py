@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peerify.conversion.calibration import blocks_around, hooked, inside
+from peerify.conversion.calibration import hooked, inside
 from peerify.discovery.sites import Site
+from peerify.modules import blocks_around
 
 SAME = 1e-6  # nats
 
 
-class Recall:
+class BlockCache:
     """What the blocks around `sites` answered for some inputs. An input is known by its place in the order recorded."""
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
-        self._blocks = {path: model.get_submodule(path) for path in blocks_around(model, sites)}
+        self._blocks = {path: model.get_submodule(path) for path in blocks_around(model, (site.path for site in sites))}
         self._answers: list[dict[str, Any]] = []
 
     @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peerify.conversion.precision import fast_products
 from peerify.discovery.sites import Site
 from peerify.errors import ConversionError
+from peerify.modules import blocks_around
 
 Batch = dict[str, Any]
 BATCH_TOKENS = 2048
@@ -183,21 +184,9 @@ def _recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     return _Call(kwargs[name], name, args, {key: value for key, value in kwargs.items() if key != name})
 
 
-def blocks_around(model: nn.Module, sites: list[Site]) -> list[str]:
-    """Paths of the elements of the outermost ModuleLists around `sites`, all of each list."""
-    lists: dict[str, None] = {}
-    for site in sites:
-        parts = site.path.split(".")
-        for i in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-                lists[".".join(parts[:i])] = None
-                break
-    return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
-
-
 def _chains(model: nn.Module, body: nn.Module, sites: list[Site], batches: list[Batch]) -> list[list[str]]:
     """Runs of blocks around the sites in which each one's output is the next one's input; others are left out."""
-    blocks = blocks_around(model, sites)
+    blocks = blocks_around(model, (site.path for site in sites))
     order: list[tuple[str, _Call | None, Any]] = []
     with ExitStack() as stack:
         for path in blocks:

@@ -20,10 +20,11 @@ from peerify.checkpoint.provenance import provenance
 from peerify.checkpoint.record import Record, Seen, read_record, write_record
 from peerify.config.peer import PeerConfig
 from peerify.config.recipe import Recipe
-from peerify.conversion.model import Conversion, Progress, convert
-from peerify.data import check_source, check_windows, load_windows
+from peerify.conversion.model import Conversion, convert
+from peerify.data import check_source, check_windows, load_windows, public_name
 from peerify.errors import ConversionError, OutputError
 from peerify.memory import peak_mb
+from peerify.progress import Progress, teller
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     Raises:
         PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
     """
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     read = [recipe.model, *recipe.calibration.sources]
     with atomic_folder(recipe.output, overwrite=recipe.overwrite, inputs=read) as folder:
         dense, windows_bt = load_for_conversion(recipe, progress)
@@ -44,7 +45,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
         tell("Writing", 0, 1)
         resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
-        resolved["calibration"]["data"] = [_public(spec) for spec in recipe.calibration.sources]
+        resolved["calibration"]["data"] = [public_name(spec) for spec in recipe.calibration.sources]
         _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size, card)
         tell("Writing", 1, 1)
     return {
@@ -65,7 +66,7 @@ def load_for_conversion(recipe: Recipe, progress: Progress | None) -> tuple[Dens
     Raises:
         PeerifyError: whatever is wrong with the model or the text.
     """
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     for text in recipe.calibration.sources:
         check_source(text)  # a wrong name is told before a large model is read
     tell(f"Loading {recipe.model}", 0, 1)
@@ -180,8 +181,3 @@ def _seen(calibration: Tensor | Sequence[Mapping[str, Any]]) -> Seen:
         raw = calibration.cpu().numpy().astype("<i8").tobytes()
         return {"tokens": calibration.numel(), "sha256": hashlib.sha256(raw).hexdigest()}
     return {"inputs": sum(len(next(iter(batch.values()))) for batch in calibration)}
-
-
-def _public(spec: str) -> str:
-    """A calibration source as others may see it: a local file by its name only."""
-    return Path(spec).name if Path(spec).expanduser().exists() else spec

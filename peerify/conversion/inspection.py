@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from peerify.conversion.allocation import planned_fractions
 from peerify.conversion.sizing import plan_layer
 from peerify.discovery.sites import Site, survey
 from peerify.errors import CheckpointError, ConversionError, UsageError
+from peerify.progress import Progress, teller
 from peerify.reading import printable, read_object
-
-Progress = Callable[[str, int, int], None]
 
 
 def inspect_model(
@@ -53,7 +51,7 @@ def inspect_model(
     """
     if not 0 < active <= 1:
         raise UsageError(f"--active {active} is not a share: give a number above 0 and at most 1")
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     tell("Finding feed-forward layers", 0, 1)
     model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
     dtype = getattr(model.config, "dtype", None)

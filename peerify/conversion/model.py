@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,9 @@ from peerify.discovery.sites import Site, calibrated_feedforwards, select_sites
 from peerify.errors import ConversionError
 from peerify.modeling.modeling_peer import FORMAT, adopt
 from peerify.modeling.peer_layer import PEER
+from peerify.progress import Progress
 
 PROBE_ACTIVE = 0.5  # at which sensitivities are measured where no active share below 1 is given
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,7 +7,8 @@ from typing import Any
 
 from peerify.config.recipe import Recipe
 from peerify.conversion.checkpoint import load_for_conversion
-from peerify.conversion.model import Progress, plan_conversion
+from peerify.conversion.model import plan_conversion
+from peerify.progress import Progress
 
 
 def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class _Removed(nn.Identity):
     bias = property(lambda self: torch.empty(0, 1))
 
 
-def _gone(layer: PEER, name: str) -> Any:
+def _absent_attribute(layer: PEER, name: str) -> Any:
     """`PEER.__getattr__` while weights are initialised."""
     try:
         return nn.Module.__getattr__(layer, name)
@@ -126,7 +126,7 @@ class PeerModelMixin:
         # architectures fill the buffers of their parts there (Falcon-H1).
         # Others initialise the layers of a block by name (V-JEPA 2): what is gone lets everything be done to it.
         self.is_custom_code = lambda: False
-        PEER.__getattr__ = _gone  # type: ignore[assignment, method-assign]
+        PEER.__getattr__ = _absent_attribute  # type: ignore[assignment, method-assign]
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:

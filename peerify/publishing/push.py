@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from peerify.checkpoint.weights import INDEX, check_weights, weight_files
 from peerify.config.recipe import HubConfig
 from peerify.errors import PublishError, UsageError
 from peerify.hub_calls import need_hub, ref_fault
+from peerify.progress import Progress, teller
 from peerify.publishing import verify
 from peerify.publishing.transfer import LocalFile, need_token, page, require, set_tag, transfer
 from peerify.reading import local_path, printable, read_object
 
-Progress = Callable[[str, int, int], None]
 # Left behind unless asked for: what belongs to a training run, not to the model.
 NOT_THE_MODEL = (
     *("checkpoint-*/*", "optimizer*", "scheduler*", "sampler*", "random_states*", "rng_state*", "trainer_state*"),
@@ -77,7 +77,7 @@ def push(
     """
     _check_options(repo, revision, tag, create_pr)
     folder = local_path(folder, PublishError)
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     files = check_folder(folder, include, exclude)
     if not trust_remote_code:
         _refuse_code(folder)

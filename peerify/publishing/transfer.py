@@ -17,7 +17,7 @@ from peerify.checkpoint import frontmatter
 from peerify.checkpoint.card import fresh_card
 from peerify.checkpoint.files import CARD, WEIGHTS
 from peerify.errors import PublishError
-from peerify.hub_calls import Patience, hub_errors, status_of
+from peerify.hub_calls import Retry, hub_errors, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -82,7 +82,7 @@ def transfer(
     need_token(repo)
     job = _Transfer(HfApi(), folder, repo, files, private, revision, tag, create_pr, message, progress)
     with hub_errors(repo), _own_bars(progress is not None):
-        return job.patience.keep(job.attempt)
+        return job.retry.call(job.attempt)
 
 
 def need_token(repo: str) -> None:
@@ -122,7 +122,7 @@ class _Transfer:
     create_pr: bool
     message: str | None
     progress: Callable[[str, int, int], None] | None
-    patience: Patience = field(default_factory=Patience)
+    retry: Retry = field(default_factory=Retry)
     uploads: dict[str, CommitOperationAdd] = field(default_factory=dict)  # kept between attempts: what is sent is sent
     uploaded: set[str] = field(default_factory=set)  # large files that the Hub has taken
 
@@ -250,7 +250,7 @@ class _Transfer:
                     free_memory=False,
                 )
                 self.uploaded.add(file.name)
-                self.patience.reset()
+                self.retry.reset()
             done += file.size
         if self.progress is not None:
             self.progress("Uploading", total, total)
@@ -292,7 +292,7 @@ def set_tag(repo: str, tag: str, commit: str) -> None:
                 ) from error
 
     with hub_errors(repo):
-        Patience().keep(attempt)
+        Retry().call(attempt)
 
 
 def require(card: frontmatter.Card) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from peerify.training.groups import blocks
+from peerify.modules import blocks_around, peer_layers
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -32,7 +32,7 @@ def distribute(model: nn.Module, accelerator: Accelerator) -> Any:
         prepared.forward = getattr(prepared, "_original_forward", prepared.forward)
         return prepared
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for path in blocks(model):
+    for path in blocks_around(model, peer_layers(model)):
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

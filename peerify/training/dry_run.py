@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from peerify.conversion.sizing import plan_layer
 from peerify.discovery.sites import find_feedforwards, select_sites
 from peerify.errors import ConversionError
 from peerify.modeling.peer_layer import PEER
+from peerify.modules import peer_layers
+from peerify.progress import Progress, teller
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training, run_folder, section
 from peerify.training.footprint import memory_of
-
-Progress = Callable[[str, int, int], None]
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     """
     config = section(recipe)
     check_training(recipe)
-    tell = progress if progress is not None else lambda *_: None
+    tell = teller(progress)
     tell("Planning", 0, 1)
     model, dense_parameters = _converted_skeleton(recipe)
     check_space(config, model, run_folder(recipe))
@@ -144,7 +143,7 @@ def _stage(
 
 
 def _adapter_parameters(model: Any, rank: int) -> int:
-    inside = tuple(path + "." for path in groups.peer_layers(model))
+    inside = tuple(path + "." for path in peer_layers(model))
     return sum(
         rank * (module.in_features + module.out_features)
         for name, module in model.named_modules()

@@ -13,7 +13,7 @@ from torch import nn
 
 from peerify.config.train import StageConfig
 from peerify.errors import UsageError
-from peerify.training.straight_through import peer_layers
+from peerify.modules import blocks_around, peer_layers
 
 EXPERTS, ROUTER, DECAYED, REST = "experts", "router", "decayed", "rest"
 
@@ -99,21 +99,9 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
     return model
 
 
-def blocks(model: nn.Module) -> list[str]:
-    """Paths of the transformer blocks: all elements of the outermost ModuleLists in which there are PEER layers."""
-    lists: dict[str, None] = {}
-    for path in peer_layers(model):
-        parts = path.split(".")
-        for i in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-                lists[".".join(parts[:i])] = None
-                break
-    return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
-
-
 def lisa_blocks(model: nn.Module, stage: StageConfig, step: int, seed: int) -> list[str]:
     """The blocks that train in full at `step` of the stage: a draw that depends on nothing else."""
-    everything = blocks(model)
+    everything = blocks_around(model, peer_layers(model))
     draw = random.Random(f"{seed} {step // stage.lisa.every}")
     return sorted(draw.sample(everything, min(stage.lisa.blocks, len(everything))))
 
@@ -121,7 +109,7 @@ def lisa_blocks(model: nn.Module, stage: StageConfig, step: int, seed: int) -> l
 def apply_lisa(model: nn.Module, open_blocks: list[str]) -> set[str]:
     """Let only `open_blocks` train besides PEER, embeddings and head; returns the names of what does not train."""
     paths, closed = set(peer_layers(model)), set()
-    every = blocks(model)
+    every = blocks_around(model, peer_layers(model))
     for name, parameter in model.named_parameters():
         if kind(name, parameter, paths) in (EXPERTS, ROUTER):
             continue  # PEER always trains

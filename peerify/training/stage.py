@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from peerify.config.train import TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
+from peerify.progress import Progress
 from peerify.training import groups, objectives, state, validation
 from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
 from peerify.training.optimizers import build_optimizer, lr_factor
-from peerify.training.straight_through import Router
+from peerify.training.straight_through import StraightThrough
 
-Progress = Callable[[str, int, int], None]
 ADAPTER = "adapter"  # folder of adapters that are kept
 RECENT = 20  # steps over which a loss counts as usual
 HIGH = 3  # steps in a row that make a spike: a single one may be odd text
@@ -77,7 +77,7 @@ class Stage:
         trains = self.config.optimizer.router_scale > 0
         terms = self.config.objectives
         with_losses = bool(terms.load_balance or terms.z_loss)
-        self.router = Router(
+        self.router = StraightThrough(
             model,
             temperature=self.config.temperature if trains else None,
             every=1 if with_losses else self.config.router_every,

@@ -19,13 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerify.modeling.peer_selection import cell_scores, select
+from peerify.modules import peer_layers
 
 AT_ONCE = 256  # tokens
-
-
-def peer_layers(model: nn.Module) -> dict[str, Any]:
-    """Path -> PEER layer. By what they can do, not by class: code that came with a checkpoint has its own class."""
-    return {path: module for path, module in model.named_modules() if hasattr(module, "active_experts")}
 
 
 class _Weighted(torch.autograd.Function):
@@ -95,7 +91,7 @@ def _weighted(
     return _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_sn, taught)  # type: ignore[no-any-return]
 
 
-class Router:
+class StraightThrough:
     """The selection of experts in every PEER layer of a model, while it trains.
 
     Use as a context: inside, layers with unit gates pass gradients to their scores, and what was retrieved in the last
@@ -119,7 +115,7 @@ class Router:
         self.recording = False
         self._seen: dict[str, _Seen] = {}
 
-    def __enter__(self) -> Router:
+    def __enter__(self) -> StraightThrough:
         for path, layer in self.layers.items():
             layer.forward = self._forward_of(path, layer)
         return self

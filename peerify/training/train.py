@@ -21,8 +21,9 @@ from peerify.checkpoint.record import read_record, write_record
 from peerify.config.recipe import Recipe
 from peerify.config.train import TrainConfig
 from peerify.config.yamlfile import flatten
-from peerify.data import check_windows, load_windows
+from peerify.data import check_windows, load_windows, public_name
 from peerify.errors import CheckpointError, PeerifyError, StoppedError, UsageError
+from peerify.progress import Progress, teller
 from peerify.training import loggers, state
 from peerify.training.checks import check_space, check_start, output_of, run_folder, section
 from peerify.training.data import Windows
@@ -31,8 +32,6 @@ from peerify.training.groups import require_peer
 from peerify.training.loop import run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
-
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def train_checkpoint(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     try:
-        tell = progress if progress is not None and accelerator.is_main_process else lambda *_: None
+        tell = teller(progress if accelerator.is_main_process else None)
         _check_processes(config, accelerator)
         ours = load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code)
         _check_model(ours, recipe)
@@ -282,9 +281,9 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
         record: Any = read_record(Path(recipe.output).expanduser(), CheckpointError)
         settings = run.config.model_dump(mode="json", exclude={"output", "loggers", "checkpoints", "log_every"})
         for text in settings["data"]["sources"]:
-            text["path"] = _public(text["path"])
+            text["path"] = public_name(text["path"])
         if settings["evaluation"]["data"]:
-            settings["evaluation"]["data"] = _public(settings["evaluation"]["data"])
+            settings["evaluation"]["data"] = public_name(settings["evaluation"]["data"])
         kept = ("steps", "tokens", "final_loss", "perplexity", "best_step")
         record["training"] = {"recipe": settings, **{key: result[key] for key in kept}}
         record.pop("evaluation", None)  # of the model before it was trained
@@ -293,8 +292,3 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
         if card is not None:  # what people wrote stays, with the result that is replaced or the model that was trained
             (folder / CARD).write_text(card, encoding="utf-8")
         write_card(folder)
-
-
-def _public(spec: str) -> str:
-    """A text as others may see it: a local file by its name only."""
-    return Path(spec).name if Path(spec).expanduser().exists() else spec

@@ -10,7 +10,7 @@ import torch
 from tiny import FAMILIES, inputs_for
 from torch import nn
 
-from peerify.conversion.block_cache import Recall
+from peerify.conversion.block_cache import BlockCache
 from peerify.discovery.sites import find_feedforwards
 
 
@@ -24,12 +24,12 @@ def test_a_changed_layer_shows_as_it_would_in_a_full_run(family: str, seed: int)
     model = FAMILIES[family](seed).eval()
     sites = find_feedforwards(model)
     batches = [inputs_for(model, seed), inputs_for(model, seed + 1)]
-    recall = Recall(model, sites)
+    cache = BlockCache(model, sites)
     wanted = []
     for batch in batches:
-        with recall.recording():
+        with cache.recording():
             wanted.append(first(model(**batch)))
-    recall.check(lambda: float((first(model(**batches[0])) - wanted[0]).abs().max()), sites[-1])
+    cache.check(lambda: float((first(model(**batches[0])) - wanted[0]).abs().max()), sites[-1])
     for site in (sites[0], sites[-1]):
         down = next(p for p in model.get_submodule(site.path).parameters() if p.dim() == 2)
         before = down.clone()
@@ -37,7 +37,7 @@ def test_a_changed_layer_shows_as_it_would_in_a_full_run(family: str, seed: int)
         for place, batch in enumerate(batches):
             full = first(model(**batch))
             assert not torch.allclose(full, wanted[place])
-            with recall.answering(place, site):
+            with cache.answering(place, site):
                 torch.testing.assert_close(first(model(**batch)), full)
         down.copy_(before)
     torch.testing.assert_close(first(model(**batches[0])), wanted[0])
@@ -80,14 +80,14 @@ class Model(nn.Module):
 def test_earlier_blocks_do_not_run_unless_they_pass_on_more(secret: bool) -> None:
     model, x = Model(secret), torch.randn(2, 5, 4)
     sites: Any = [type("Site", (), {"path": f"layers.{i}.mlp"}) for i in range(3)]
-    recall = Recall(model, sites)
-    with recall.recording():
+    cache = BlockCache(model, sites)
+    with cache.recording():
         wanted = model(x)
-    recall.check(lambda: float((model(x) - wanted).abs().max()), sites[-1])
+    cache.check(lambda: float((model(x) - wanted).abs().max()), sites[-1])
     model.layers[1].mlp[2].weight.zero_()  # type: ignore[index, union-attr, operator]
     full = model(x)
     model.calls.clear()
-    with recall.answering(0, sites[1]):
+    with cache.answering(0, sites[1]):
         assert torch.equal(model(x), full)
     assert len(model.calls) == (3 if secret else 2)
     model.calls.clear()

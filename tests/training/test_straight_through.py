@@ -11,7 +11,7 @@ from training_layers import ESTIMATING, PLAIN, peer
 
 from peerify.modeling.peer_layer import PEER
 from peerify.training import straight_through as routing
-from peerify.training.straight_through import Router
+from peerify.training.straight_through import StraightThrough
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -41,7 +41,7 @@ def test_training_computes_what_the_layer_computes(
         x = torch.randn(2, 9, 12)
         with torch.no_grad():
             wanted = each(x)
-        with Router(model, temperature=0.3, every=every):
+        with StraightThrough(model, temperature=0.3, every=every):
             torch.testing.assert_close(each(x), wanted, rtol=1e-4, atol=1e-5)
             assert each(x).requires_grad
         assert "forward" not in vars(each)
@@ -60,7 +60,7 @@ def test_gradients_move_the_selection_towards_what_is_wanted() -> None:
     for wanted in (0, 1):
         target = torch.zeros(1, 6)
         target[0, wanted] = x.sum()
-        with Router(nn.ModuleDict({"mlp": layer}), temperature=1.0):
+        with StraightThrough(nn.ModuleDict({"mlp": layer}), temperature=1.0):
             loss = (layer(x) - target).pow(2).sum()
         (slope,) = torch.autograd.grad(loss, keys)
         query = layer.keys.query_proj(x)[0, 1]  # meets the column keys
@@ -73,7 +73,7 @@ def test_gradients_move_the_selection_towards_what_is_wanted() -> None:
 def test_the_gradient_is_that_of_a_sigmoid_around_the_level() -> None:
     layer = peer(**PLAIN)
     x = torch.randn(30, 12)
-    with Router(nn.ModuleDict({"mlp": layer}), temperature=0.4):
+    with StraightThrough(nn.ModuleDict({"mlp": layer}), temperature=0.4):
         (got,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.keys.sub_keys)
     row, column = layer.keys.sub_scores(x)
     score = (row[..., None] + column[..., None, :]).flatten(1)[:, :46]
@@ -94,7 +94,7 @@ def test_some_tokens_teach_the_router_on_behalf_of_all() -> None:
     model = nn.ModuleDict({"mlp": layer})
 
     def gradient(every: int, of: torch.Tensor) -> torch.Tensor:
-        with Router(model, temperature=0.4, every=every):
+        with StraightThrough(model, temperature=0.4, every=every):
             y = layer(x)
         torch.testing.assert_close(y, layer(x))
         return torch.autograd.grad(y, layer.keys.sub_keys, of)[0]
@@ -111,7 +111,7 @@ def test_the_record_shows_use_balance_and_scores(gates: str) -> None:
     layer = peer(**options)
     model = nn.ModuleDict({"mlp": layer})
     x = torch.randn(40, 12)
-    with Router(model, temperature=0.3) as router:
+    with StraightThrough(model, temperature=0.3) as router:
         router.recording = True
         layer(x)
         statistics = router.statistics()["mlp"]
@@ -133,7 +133,7 @@ def test_a_record_for_the_log_alone_keeps_no_graph(gates: str) -> None:
     model, x = nn.ModuleDict({"mlp": layer}), torch.randn(40, 12)
     found = []
     for with_losses in (True, False):
-        with Router(model, temperature=None, with_losses=with_losses) as router:
+        with StraightThrough(model, temperature=None, with_losses=with_losses) as router:
             router.recording = True
             layer(x)
             assert router._seen["mlp"].row_tha.requires_grad is with_losses
@@ -153,7 +153,7 @@ def test_balance_terms_even_out_retrieval() -> None:
         model = nn.ModuleDict({"mlp": layer})
         optimizer = torch.optim.SGD([bias], lr=3.0)
         unevenness = []
-        with Router(model, temperature=0.3) as router:
+        with StraightThrough(model, temperature=0.3) as router:
             router.recording = True
             for _ in range(60):
                 layer(x)

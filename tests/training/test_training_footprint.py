@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peerify.config.train import StageConfig, TrainConfig
 from peerify.modeling.peer_layer import PEER
 from peerify.training.footprint import PROCESS, memory_of
-from peerify.training.straight_through import Router
+from peerify.training.straight_through import StraightThrough
 
 WINDOWS, CONTEXT, WIDTH, EXPERTS = 4, 64, 64, 256
 
@@ -28,7 +28,7 @@ def model_of(**options: Any) -> Any:
     return model
 
 
-def kept_bytes(model: Any, router: Router) -> int:
+def kept_bytes(model: Any, router: StraightThrough) -> int:
     """Of a forward pass, for the backward pass: no parameter, and each storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -58,7 +58,7 @@ def test_activations_are_what_a_forward_pass_keeps(every: int, gated: bool) -> N
     config = TrainConfig.model_validate({"data": data, "tokens": 1, "batch_size": WINDOWS, "precision": "no"})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stated = memory_of(model, config, stage, parameters=parameters, trainable=parameters, teacher=0)
-    really = kept_bytes(model, Router(model, temperature=0.3, every=every, with_losses=False))
+    really = kept_bytes(model, StraightThrough(model, temperature=0.3, every=every, with_losses=False))
     assert stated["activations"] == pytest.approx(really, rel=0.25)
 
     assert stated["total"] == sum(size for part, size in stated.items() if part != "total")
