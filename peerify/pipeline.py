@@ -49,9 +49,7 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, progress: Progress | 
     final = recipe.output
     asked: dict[str, Any] = {"convert": _asked_of_conversion(recipe)}
     if recipe.train is not None:
-        from peerify.training.checks import output_of
-
-        final = output_of(recipe)
+        final = recipe.trained_output
         work["train"] = lambda: _train(recipe, overwrite, progress)
         asked["train"] = [
             asked["convert"],
@@ -175,11 +173,10 @@ def _convert(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapp
 
 
 def _train(recipe: Recipe, overwrite: bool, progress: Progress | None) -> Mapping[str, Any]:
-    from peerify.training.checks import run_folder
     from peerify.training.state import Checkpoints
     from peerify.training.train import train_checkpoint
 
-    begun = not overwrite and Checkpoints(run_folder(recipe), 1).latest() is not None
+    begun = not overwrite and Checkpoints(recipe.run_folder, 1).latest() is not None
     result = train_checkpoint(recipe, resume=begun, overwrite=overwrite, progress=progress)
     assert result is not None
     return result

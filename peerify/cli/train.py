@@ -49,10 +49,9 @@ def train(
         tables.print_json(plan) if as_json else tables.print_training_plan(plan)
         return
     with library(as_json) as progress:
-        from peerify.training.checks import output_of
         from peerify.training.train import train_checkpoint
 
-        ctx.meta["peerify.output"] = output_of(loaded)
+        ctx.meta["peerify.output"] = loaded.trained_output
         result = train_checkpoint(loaded, resume=resume, overwrite=overwrite, progress=progress)
     if result is not None:  # the main process
         tables.print_json(result) if as_json else tables.print_training(result)

@@ -15,9 +15,9 @@ from pydantic.fields import FieldInfo
 from peerify.config.peer import PeerConfig, Section
 from peerify.config.train import TrainConfig
 from peerify.config.yamlfile import flatten, nest, parse_overrides, read_mapping
-from peerify.errors import UsageError
+from peerify.errors import OutputError, UsageError
 from peerify.hub_calls import ref_fault
-from peerify.reading import printable, shown
+from peerify.reading import local_path, printable, shown
 
 
 class CalibrationConfig(Section):
@@ -134,6 +134,23 @@ class Recipe(Section):
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value  # `convert:` with nothing below it
+
+    @property
+    def training(self) -> TrainConfig:
+        """The `train:` part. Raises UsageError where there is none."""
+        if self.train is None:
+            raise UsageError("the recipe has no train section: add `train:` with at least data.sources below it")
+        return self.train
+
+    @property
+    def trained_output(self) -> str:
+        """Where the trained model is written."""
+        return self.training.output or f"{self.output.rstrip('/')}-healed"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints, the log and curves of a training lie."""
+        return local_path(f"{self.trained_output}-run", OutputError)
 
     @classmethod
     def load(

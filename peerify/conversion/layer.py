@@ -58,20 +58,6 @@ def convert_layer(ff: FeedForward, data: SiteData, config: PeerConfig) -> tuple[
     return layer, plan, relative_error(data.converted_td, data.y_td)
 
 
-@torch.no_grad()
-def exact_layer(ff: FeedForward, site: Site) -> tuple[PEER, dict[str, Any]]:
-    """A PEER layer that retrieves every neuron with gate 1, which is the dense layer, and its keyword arguments.
-
-    Its keys are random: nothing depends on them until fewer are retrieved.
-    """
-    plan = plan_for(ff, site, PeerConfig(active=1.0))
-    plan["rerank"] = None
-    with torch.random.fork_rng(devices=[]):
-        layer = PEER(**plan).to(ff.u_fd.device, ff.u_fd.dtype)
-    _copy_neurons(layer, ff, torch.arange(site.d_ff, device=ff.u_fd.device))
-    return layer.eval(), plan
-
-
 def plan_for(ff: FeedForward, site: Site, config: PeerConfig) -> dict[str, Any]:
     """Keyword arguments of `PEER` for one dense layer, before any data are seen."""
     extra = {"clamp": ff.clamp} if ff.clamp else {}
@@ -115,7 +101,7 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
     """A PEER layer whose experts are copies of neurons, with fitted queries and sub-keys."""
     with torch.random.fork_rng(devices=[]):  # the random initialisation is overwritten: leave no trace of it
         layer = PEER(**plan | {"rerank": "up" if plan["rerank"] == "auto" else plan["rerank"]}).to(ff.u_fd.device)
-    _copy_neurons(layer, ff, neuron_n)
+    copy_neurons(layer, ff, neuron_n)
     layer.pool.v.data.mul_(share_n[:, None])
     layer.pool.update_norm()
     routed = neuron_n[layer.num_shared :]
@@ -128,7 +114,7 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
     return layer.eval()
 
 
-def _copy_neurons(layer: PEER, ff: FeedForward, neuron_n: Tensor) -> None:
+def copy_neurons(layer: PEER, ff: FeedForward, neuron_n: Tensor) -> None:
     """Make expert n a copy of neuron `neuron_n[n]`, and the layer's bias that of the dense layer."""
     pool = layer.pool
     pool.u.data.copy_(ff.u_fd[neuron_n])

@@ -17,23 +17,6 @@ from peerify.reading import local_path
 from peerify.training import loggers, state
 
 
-def section(recipe: Recipe) -> TrainConfig:
-    """The `train:` part of a recipe. Raises UsageError when it has none."""
-    if recipe.train is None:
-        raise UsageError("the recipe has no train section: add `train:` with at least data.sources below it")
-    return recipe.train
-
-
-def output_of(recipe: Recipe) -> str:
-    """Where the trained model is written."""
-    return section(recipe).output or f"{recipe.output.rstrip('/')}-healed"
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """Where checkpoints, the log and curves lie."""
-    return local_path(f"{output_of(recipe)}-run", OutputError)
-
-
 def check_training(recipe: Recipe) -> None:
     """Whether `recipe.train` can be begun: its texts, its loggers, and the places that it writes.
 
@@ -43,7 +26,7 @@ def check_training(recipe: Recipe) -> None:
         CheckpointError: peerify.json of the converted model cannot be read.
         OutputError: the result or the checkpoints may not be written where they would lie.
     """
-    config = section(recipe)
+    config = recipe.training
     if not config.data.sources:
         raise DataError("train.data.sources is empty: name a text to train on, such as a .txt file")
     texts = [*(source.path for source in config.data.sources), config.evaluation.data, config.evaluation.test]
@@ -56,8 +39,8 @@ def check_training(recipe: Recipe) -> None:
         read_record(converted, CheckpointError)  # goes into the result's record, at the end
     read = [recipe.model, recipe.output, *(text for text in texts if text is not None)]
     # Whether a result that is there may be replaced is for the caller to say; what others put into it may never be.
-    check_target(output_of(recipe), overwrite=True, inputs=read)
-    folder = run_folder(recipe)
+    check_target(recipe.trained_output, overwrite=True, inputs=read)
+    folder = recipe.run_folder
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is not a folder; set train.output to another place")
     check_target(folder / "step-000000")
@@ -65,7 +48,7 @@ def check_training(recipe: Recipe) -> None:
 
 def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """`check_training`, and that no earlier run or result is lost and that there is one to go on with."""
-    target, checkpoints = output_of(recipe), state.Checkpoints(run_folder(recipe), 1)
+    target, checkpoints = recipe.trained_output, state.Checkpoints(recipe.run_folder, 1)
     check_training(recipe)
     latest = checkpoints.latest()
     if Path(target).expanduser().exists() and not overwrite:

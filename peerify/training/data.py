@@ -93,12 +93,6 @@ class Windows:
             part.seek(where)
         self._taken = list(position["taken"])
 
-    @property
-    def held_windows(self) -> int | None:
-        """Windows of an epoch, where every text is held in memory."""
-        counts = [len(part.windows) for part in self._parts if isinstance(part, _Held)]
-        return sum(counts) if len(counts) == len(self._parts) else None
-
 
 class _Held:
     """A text tokenised once and kept: a new random order in every epoch."""

@@ -18,7 +18,7 @@ from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 from peerify.training import groups
-from peerify.training.checks import check_space, check_training, run_folder, section
+from peerify.training.checks import check_space, check_training
 from peerify.training.footprint import memory_of
 
 
@@ -36,12 +36,12 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     Raises:
         PeerifyError: what the run itself would refuse: see `check_training`, `load_skeleton` and `check_space`.
     """
-    config = section(recipe)
+    config = recipe.training
     check_training(recipe)
     tell = teller(progress)
     tell("Planning", 0, 1)
     model, dense_parameters = _converted_skeleton(recipe)
-    check_space(config, model, run_folder(recipe))
+    check_space(config, model, recipe.run_folder)
     parameters = _count(model)
     stages, steps = [], config.steps_of_stages()
     for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):

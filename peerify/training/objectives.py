@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peerify.config.train import ObjectiveConfig
@@ -179,13 +178,3 @@ def shifted(logits_btv: Tensor, ids_bt: Tensor, used_bt: Tensor) -> tuple[Tensor
     """Logits (p, v) of the tokens that have a next one, and that next one, IGNORED where it is padding."""
     target_bt = ids_bt[:, 1:].masked_fill(~used_bt[:, 1:], IGNORED)
     return logits_btv[:, :-1].flatten(0, 1), target_bt.flatten()
-
-
-def reference_loss(logits_pv: Tensor, target_p: Tensor, teacher_pv: Tensor | None, ce: float, kl: float) -> Tensor:
-    """`prediction_loss` by plain autograd, the definition that the fast one is tested against."""
-    used_p = target_p != IGNORED
-    loss = ce * F.cross_entropy(logits_pv.float(), target_p, ignore_index=IGNORED, reduction="sum")
-    if teacher_pv is not None:
-        q, p = teacher_pv.float().log_softmax(-1), logits_pv.float().log_softmax(-1)
-        loss = loss + kl * (F.kl_div(p, q, reduction="none", log_target=True).sum(-1) * used_p).sum()
-    return loss

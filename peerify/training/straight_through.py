@@ -190,7 +190,7 @@ class StraightThrough:
                     0, index_tc.clamp(0, cells - 1).flatten(), used_tc.float().flatten()
                 )
                 gate = weight.sum() / used_tc.sum().clamp_min(1)
-        self._seen[path] = _Seen(row_tha, column_thb, count_n, gate, len(weight))
+        self._seen[path] = _Seen(row_tha, column_thb, count_n, gate)
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """(load balance, z loss) of the last forward pass, means over layers and tokens.
@@ -267,4 +267,3 @@ class _Seen:
     column_thb: Tensor
     count_n: Tensor
     gate: Tensor
-    tokens: int

@@ -25,7 +25,7 @@ from peerify.data import check_windows, load_windows, public_name
 from peerify.errors import CheckpointError, PeerifyError, StoppedError, UsageError
 from peerify.progress import Progress, teller
 from peerify.training import loggers, state
-from peerify.training.checks import check_space, check_start, output_of, run_folder, section
+from peerify.training.checks import check_space, check_start
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
 from peerify.training.groups import require_peer
@@ -52,9 +52,9 @@ def train_checkpoint(
         PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
             is NaN or jumps; StoppedError, without a message, in the other processes of a run that was stopped.
     """
-    config = section(recipe)
-    target = output_of(recipe)
-    folder = run_folder(recipe)
+    config = recipe.training
+    target = recipe.trained_output
+    folder = recipe.run_folder
     check_start(recipe, resume=resume, overwrite=overwrite)
     checkpoints = state.Checkpoints(folder, config.checkpoints.keep)
     latest = checkpoints.latest() if resume else None
@@ -154,7 +154,7 @@ def _launched() -> bool:
 
 
 def _accelerator(recipe: Recipe, names: list[str], folder: Path) -> Accelerator:
-    config = section(recipe)
+    config = recipe.training
     device = torch.device(recipe.device)
     on_cpu = recipe.device == "cpu" and not (_launched() and torch.cuda.is_available())  # a launcher knows better
     if device.index is not None and device.type == "cuda" and not _launched():
@@ -204,7 +204,7 @@ def _check_model(ours: DenseModel, recipe: Recipe) -> None:
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise UsageError(f"{recipe.output} is a {type(model).__name__}: only causal language models can be trained")
     layers = require_peer(model)
-    for number, stage in enumerate(section(recipe).stages):
+    for number, stage in enumerate(recipe.training.stages):
         if stage.balance_rate and any(layer.keys.sub_key_bias is None for layer in layers.values()):
             raise UsageError(
                 f"train.stages.{number}.balance_rate moves the sub-keys' biases, and these PEER layers have none "
@@ -213,7 +213,7 @@ def _check_model(ours: DenseModel, recipe: Recipe) -> None:
 
 
 def _teacher(recipe: Recipe, accelerator: Accelerator, ours: DenseModel, tell: Progress) -> Any | None:
-    if not any(stage.objectives.needs_teacher for stage in section(recipe).stages):
+    if not any(stage.objectives.needs_teacher for stage in recipe.training.stages):
         return None
     tell(f"Loading {recipe.model}", 0, 1)
     dense = load_dense(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code).model

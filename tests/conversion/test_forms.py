@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from exact import exact_layer
 from tiny import FAMILIES, SPECIAL, VOCAB, inputs_for, logits, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from transformers.activations import ACT2FN
 import peerify
 from peerify.conversion.feedforward import read_feedforward, replace
 from peerify.conversion.inspection import inspect_model
-from peerify.conversion.layer import exact_layer
 from peerify.discovery.sites import Site, calibrated_feedforwards, find_feedforwards, select_sites, survey
 from peerify.errors import ConversionError
 

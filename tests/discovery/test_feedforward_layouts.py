@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact import exact_layer
 from feedforward_layers import D_FF, Block, D, StandIn, Zoo, conv, down, fused, replace_all, up
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from peerify.conversion.feedforward import read_feedforward, replace
-from peerify.conversion.layer import exact_layer
 from peerify.discovery.sites import find_feedforwards
 
 

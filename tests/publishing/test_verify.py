@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from exact import exact_layer
 from hub_client import edit_card, record
 from hub_server import Hub
 from safetensors.torch import load_file
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 import peerify
 from peerify.checkpoint.load import load_dense
 from peerify.conversion.feedforward import read_feedforward, replace
-from peerify.conversion.layer import exact_layer
 from peerify.conversion.model import Conversion
 from peerify.discovery.example_inputs import candidates
 from peerify.discovery.sites import find_feedforwards

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import transformers
 from build import NOT_EXPORTED, Built, auto_classes, build, first_line
+from exact import exact_layer
 from torch import nn
 
 from peerify.conversion.feedforward import read_feedforward, replace
-from peerify.conversion.layer import exact_layer
 from peerify.discovery.sites import Site, find_feedforwards
 from peerify.modeling.modeling_peer import FORMAT, adopt
 
