@@ -27,7 +27,7 @@ from plot import draw
 from summary import markdown
 
 from peerify import load_dense
-from peerify.cli.tables import progress_on_stderr
+from peerify.cli.progress_report import progress_on_stderr
 from peerify.data import load_windows
 from peerify.errors import PeerifyError, UsageError
 

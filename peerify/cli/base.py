@@ -163,12 +163,12 @@ def cli() -> None:
 @contextmanager
 def library(as_json: bool) -> Iterator[Any]:
     """Run library code: prints go to stderr, chatter is muted unless --debug; yields a progress callable."""
-    from peerify.cli.tables import progress_on_stderr
+    from peerify.cli.progress_report import STARTING, progress_on_stderr
 
     debug = click.get_current_context().meta.get("peerify.debug")
     with warnings.catch_warnings(), redirect_stdout(sys.stderr), progress_on_stderr() as progress:
         if sys.stderr.isatty():  # a log does not need to know
-            progress("Starting", 0, 1)
+            progress(STARTING, 0, 1)
         from huggingface_hub.utils import disable_progress_bars
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging

@@ -31,7 +31,12 @@ def run(recipe: str, overrides: tuple[str, ...], overwrite: bool, as_json: bool)
         result = run_recipe(loaded, overwrite=overwrite, progress=progress)
     from peerify.cli import tables
 
-    tables.print_json(result) if as_json else tables.print_run(result)
+    if as_json:
+        tables.print_json(result)
+    else:
+        from peerify.conversion.inspection import converted_layers
+
+        tables.print_run(result, converted_layers(loaded.output) if "convert" in result["done"] else [])
     if result["stopped"]:
         training = result[result["stopped"]]
         raise stopped(training["signal"], f"the same command goes on with training after step {training['steps']}")

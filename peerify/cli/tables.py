@@ -1,33 +1,17 @@
-"""What people read: tables on stdout, progress on stderr. `print_json` is what scripts read."""
+"""What people read on stdout: tables. `print_json` is what scripts read."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
-from rich.text import Text
-
-PATIENCE_S = 1.0  # work shorter than this shows no progress
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -57,18 +41,18 @@ def print_inspection(result: Mapping[str, Any]) -> None:
         return
     share = f">at {result['active']:.0%}"
     staying = ["stays dense"] if not all(site["convertible"] for _, site in sites) else []
-    table = _table("", "layer", "kind", ">d_model×d_ff", ">weights", ">read", share, ">router", *staying)
+    table = _table("", "layer", "kind", ">d_model×d_ff", ">read", share, ">router", *staying)
     for _, run in groupby(sites, key=lambda site: _alike(site[1])):
         rows = list(run)
         (first, site), (last, _) = rows[0], rows[-1]
         read = site["bytes_per_token"]
-        cost = [_count(site["parameters"]), *(_bytes(read[key]) for key in read)]
+        cost = [_bytes(read[key]) for key in read]
         table.add_row(
             str(first) if first == last else f"{first}–{last}",
             _common_path([row["path"] for _, row in rows]),
             f"{site['kind']} {site['activation'] or ''}",
             f"{site['d_model']}×{site['d_ff']}",
-            *(cost if site["convertible"] else ["", "", "", "", f"because {site['reason']}"]),
+            *(cost if site["convertible"] else ["", "", "", f"because {site['reason']}"]),
         )
     console.print(table)
     totals = result["totals"]
@@ -87,8 +71,8 @@ def print_inspection(result: Mapping[str, Any]) -> None:
         console.print(f"\nnext: peerify convert {result['model']} OUT --calibration TEXT.txt")
 
 
-def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
-    """One row per converted layer, then where the model lies and what to do next."""
+def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, last: bool = True) -> None:
+    """One row per converted layer, then, if this is the `last` thing asked for, where the model lies and what next."""
     console = _console()
     table = _table("layer", ">experts", ">grid", ">heads × top-k", ">active", ">error")
     order = {path: i for i, path in enumerate(result["layers"])}  # as they run; config.json sorts them as text
@@ -108,10 +92,10 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
     console.print(
         f"{len(layers)} layers converted, {result['active_fraction']:.1%} of their compute active "
         f"(and {result['router_fraction']:.1%} for the router), "
-        f"in {result['seconds']:.0f} s{memory}\n"
-        f"model: {result['output']}\n"
-        f"next: peerify eval {result['output']} --against DENSE --data TEXT.txt"
+        f"in {result['seconds']:.0f} s{memory}"
     )
+    if last:
+        _print_model(console, result["output"])
 
 
 def print_plan(result: Mapping[str, Any]) -> None:
@@ -189,8 +173,12 @@ def print_push(result: Mapping[str, Any]) -> None:
     )
 
 
-def print_training(result: Mapping[str, Any]) -> None:
-    """How far training came, and what to do next."""
+def _print_model(console: Console, folder: str) -> None:
+    console.print(f"model: {folder}\nnext: peerify eval {folder} --against DENSE --data TEXT.txt")
+
+
+def print_training(result: Mapping[str, Any], *, last: bool = True) -> None:
+    """How far training came, then, if this is the `last` thing asked for, where the model lies and what next."""
     console = _console()
     loss = "" if result["final_loss"] is None else f", loss {result['final_loss']:.4f}"
     console.print(f"{result['steps']:,} steps, {result['tokens']:,} tokens{loss}")
@@ -198,19 +186,19 @@ def print_training(result: Mapping[str, Any]) -> None:
         console.print(f"smallest perplexity measured on the way: {result['perplexity']:.2f}")
     if result["stopped"]:
         console.print(f"stopped early; checkpoint in {result['checkpoints']}")
-    else:
-        console.print(
-            f"model: {result['output']}\nnext: peerify eval {result['output']} --against DENSE --data TEXT.txt"
-        )
+    elif last:
+        _print_model(console, result["output"])
 
 
-def print_run(result: Mapping[str, Any]) -> None:
-    """What each stage of a recipe came to."""
+def print_run(result: Mapping[str, Any], converted: Sequence[Mapping[str, Any]]) -> None:
+    """What each stage of a recipe came to; `converted`: the layers of the converted model."""
     console = _console()
     if result["skipped"]:
         console.print(f"done before: {', '.join(result['skipped'])}")
+    if "convert" in result["done"]:
+        print_conversion(result["convert"], converted, last=False)
     if "train" in result["done"] or result["stopped"] == "train":
-        print_training(result["train"])
+        print_training(result["train"], last=False)
     if "eval" in result:
         print_evaluation(result["eval"])
     if "push" in result["done"]:
@@ -241,103 +229,6 @@ def print_training_plan(plan: Mapping[str, Any]) -> None:
         f"tokens, {plan['tokens']:,} tokens and {_count(plan['flops'])} FLOPs in all; checkpoints take up to "
         f"{_bytes(plan['checkpoint_bytes'])}"
     )
-
-
-@contextmanager
-def progress_on_stderr() -> Iterator[ProgressReport]:
-    """A `progress(stage, done, total)` callable for library functions."""
-    report = ProgressReport()
-    try:
-        yield report
-    except BaseException:
-        report.close(failed=True)
-        raise
-    report.close()
-
-
-class ProgressReport:
-    """Bars with time left on a terminal, at most two lines per stage elsewhere, nothing for short work."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._lock = threading.Lock()
-        self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._stage: str | None = None
-        self._started = 0.0
-        self._state = (0, 1)
-        self._shown = False
-        self._timer: threading.Timer | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of `total` units of `stage` are done; another stage's name ends the one before."""
-        with self._lock:
-            if stage != self._stage:
-                self._finish()
-                self._stage, self._started, self._shown = stage, time.monotonic(), False
-                # A timer, not a look at the clock in the next call: that call may be minutes away.
-                self._timer = threading.Timer(PATIENCE_S, self._appear, [stage])
-                self._timer.daemon = True
-                self._timer.start()
-            self._state = (done, total)
-            if self._bars is not None and stage in self._tasks:
-                self._bars.update(self._tasks[stage], completed=done, total=total, spent=self._spent())
-            if done >= total:
-                self._finish()
-
-    def close(self, failed: bool = False) -> None:
-        """End the last stage; its bar stays full, or where it was if the work failed."""
-        with self._lock:
-            self._finish(failed)
-            if self._bars is not None:
-                self._bars.stop()
-                self._bars = None
-
-    def _appear(self, stage: str) -> None:
-        with self._lock:
-            if stage != self._stage:
-                return
-            self._shown = True
-            if not self._console.is_terminal:
-                self._console.print(f"{stage} …", markup=False)
-                return
-            if self._bars is None:
-                self._bars = Progress(
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(),
-                    TextColumn("{task.percentage:>3.0f} %"),
-                    TimeElapsedColumn(),
-                    _TimeLeft(),
-                    console=self._console,
-                )
-                self._bars.start()
-            done, total = self._state
-            self._tasks[stage] = self._bars.add_task(stage, completed=done, total=total, spent=self._spent())
-            self._bars.tasks[-1].start_time = self._started  # rich's clock is time.monotonic, too
-
-    def _spent(self) -> float:
-        return time.monotonic() - self._started
-
-    def _finish(self, failed: bool = False) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._stage is not None and self._shown and not self._console.is_terminal and not failed:
-            self._console.print(f"{self._stage}: {self._spent():.0f} s", markup=False)
-        if self._bars is not None and self._stage in self._tasks and not failed:
-            total = self._state[1]
-            self._bars.update(self._tasks[self._stage], completed=total, total=total)
-        self._stage = None
-
-
-class _TimeLeft(ProgressColumn):
-    """Time left at the mean speed so far; rich's own column forgets what is older than half a minute."""
-
-    def render(self, task: Task) -> Text:
-        if not task.total or not task.completed or task.elapsed is None:
-            return Text("")
-        left = max(0.0, task.fields["spent"] * task.total / task.completed - task.elapsed)
-        return Text(f"{timedelta(seconds=round(left))} left", style="progress.remaining")
 
 
 def _console() -> Console:

@@ -10,14 +10,14 @@ import time
 import pytest
 from rich.console import Console
 
-from peerify.cli import tables as report
+from peerify.cli import progress_report, tables
 
 
 def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "model." + "very_long_name." * 12 + "mlp"
     layer = {"path": path, "num_experts": 1536, "active": 0.5, "usage": 0.998, "kl_uniform": 0.35}
     result = {"model": "m", "perplexity": 45.1, "tokens": 16384, "against": None, "layers": [layer] * 30}
-    report.print_evaluation(result)
+    tables.print_evaluation(result)
     out = capsys.readouterr().out
     assert out.count(path) == 30
     assert "\x1b" not in out
@@ -35,7 +35,7 @@ def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
     sites[9] |= {"d_ff": 64}
     totals = {"convertible": 11, "bytes_per_token": cost, "flops_per_token": cost}
     result = {"model": "m", "model_type": "t", "parameters": 1234567, "active": 0.5, "feedforwards": sites}
-    report.print_inspection(result | {"totals": totals})
+    tables.print_inspection(result | {"totals": totals})
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "h." in line]
     assert [row[:2] for row in rows] == [
         ["0–6", "h.0–6.mlp"],
@@ -45,11 +45,11 @@ def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
         ["10–11", "h.10–11.mlp"],
     ]
     assert " ".join(rows[1]).endswith("8×32 because its weights are shared")
-    assert " ".join(rows[3]).endswith("8×64 768 4 kB 2 kB 100 B")
+    assert " ".join(rows[3]).endswith("8×64 4 kB 2 kB 100 B")
 
 
 def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_json({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (True, None, "é")}})
+    tables.print_json({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (True, None, "é")}})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": [True, None, "é"]}}
 
 
@@ -58,7 +58,7 @@ def test_the_plan_shows_what_stays_dense(capsys: pytest.CaptureFixture[str]) -> 
     dense = dict.fromkeys(("num_heads", "topk", "candidates")) | {"sensitivity": 4.5, "active": 1.0, "router": 0.0}
     layers = [layer | {"path": "a.0.mlp", "converted": True}, dense | {"path": "a.1.mlp", "converted": False}]
     result = {"model": "m", "layers": layers, "converted": 1, "active_fraction": 0.625, "router_fraction": 0.03}
-    report.print_plan(result | {"predicted_ratio": 1.0987, "seconds": 3.0})
+    tables.print_plan(result | {"predicted_ratio": 1.0987, "seconds": 3.0})
     out = capsys.readouterr().out
     assert re.search(r"a\.0\.mlp +0\.0123 +25\.0% +1 × 18 of 36 +6\.0%", out)
     assert re.search(r"a\.1\.mlp +4\.5000 +dense *$", out, re.MULTILINE)
@@ -88,7 +88,7 @@ def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
         "seconds": 61.4,
         "peak_rss_mb": 1234.5,
     }
-    report.print_conversion(result | {"layer_errors": {"a.9.mlp": 0.01234}}, layers)
+    tables.print_conversion(result | {"layer_errors": {"a.9.mlp": 0.01234}}, layers)
     out = capsys.readouterr().out
     first = r"a\.9\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +0\.0123"
     second = r"a\.10\.mlp +1,536 +6×8 +32 × 18 +100\.0% +–"
@@ -98,7 +98,7 @@ def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_short_work_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    with report.progress_on_stderr() as progress:
+    with progress_report.progress_on_stderr() as progress:
         for done in range(5):
             progress("Counting", done, 5)
     assert capsys.readouterr() == ("", "")
@@ -107,8 +107,8 @@ def test_short_work_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> Non
 def test_long_work_outside_a_terminal_shows_two_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "PATIENCE_S", 0.02)
-    with report.progress_on_stderr() as progress:
+    monkeypatch.setattr(progress_report, "PATIENCE_S", 0.02)
+    with progress_report.progress_on_stderr() as progress:
         for done in range(4):
             progress("Counting [red] sheep", done, 4)
             time.sleep(0.03)
@@ -125,11 +125,27 @@ def test_long_work_outside_a_terminal_shows_two_lines(
     ]
 
 
+def test_very_long_work_outside_a_terminal_shows_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_report, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(progress_report, "LINE_S", 0.1)
+    with progress_report.progress_on_stderr() as progress:
+        for done in range(1200):
+            progress("Converting layers", done, 1200)
+            time.sleep(0.001)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Converting layers …"
+    between = [re.fullmatch(r"Converting layers: ([\d,]+) of 1,200, 0:00:0\d left", line) for line in lines[1:-1]]
+    assert all(between)
+    assert 2 <= len(between) <= 20, "one every tenth of a second, not one each call"
+
+
 def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(report, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(progress_report, "PATIENCE_S", 0.01)
     monkeypatch.setattr(
-        report, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100, color_system=None)
+        progress_report, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100, color_system=None)
     )
 
     def wait_for(words: str) -> None:
@@ -138,7 +154,7 @@ def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyP
             assert time.monotonic() < end, screen.getvalue()[-200:]
             time.sleep(0.01)
 
-    with report.progress_on_stderr() as progress:
+    with progress_report.progress_on_stderr() as progress:
         progress("Counting", 1, 4)
         wait_for("Counting .*25 %")
         progress("Counting", 3, 4)
@@ -149,25 +165,40 @@ def test_on_a_terminal_there_is_a_bar_with_time_left(monkeypatch: pytest.MonkeyP
     assert screen.getvalue().rsplit("Sleeping", 1)[1].count("100 %") == 1, "the end is the end of all stages"
 
 
+def test_starting_leaves_nothing_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(progress_report, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(
+        progress_report, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100, color_system=None)
+    )
+    with progress_report.progress_on_stderr() as progress:
+        for stage in (progress_report.STARTING, "Counting"):
+            progress(stage, 0, 1)
+            time.sleep(0.2)
+    assert "Starting" in screen.getvalue()
+    assert "Starting" not in screen.getvalue().rsplit("Counting", 1)[0][-200:]
+    assert "Starting" not in screen.getvalue().rsplit("Counting", 1)[1]
+
+
 def test_time_left_is_at_the_mean_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
     task = types.SimpleNamespace(total=30, completed=10, elapsed=150.0, fields={"spent": 100.0})
-    assert report._TimeLeft().render(task).plain == "0:02:30 left"  # 100 s for 10 of 30, and 50 s more since
+    assert progress_report._TimeLeft().render(task).plain == "0:02:30 left"  # 100 s for 10 of 30, and 50 s more since
     task.elapsed = 1000.0
-    assert report._TimeLeft().render(task).plain == "0:00:00 left"
+    assert progress_report._TimeLeft().render(task).plain == "0:00:00 left"
     task.completed = 0
-    assert report._TimeLeft().render(task).plain == ""
+    assert progress_report._TimeLeft().render(task).plain == ""
 
 
 def test_a_failing_library_call_takes_its_bar_away() -> None:
     def divide() -> None:
-        with report.progress_on_stderr() as progress:
+        with progress_report.progress_on_stderr() as progress:
             reports.append(progress)
             progress("Dividing", 0, 1)
             raise ZeroDivisionError
 
-    reports: list[report.ProgressReport] = []
+    reports: list[progress_report.ProgressReport] = []
     with pytest.raises(ZeroDivisionError):
         divide()
     assert reports[0]._timer is None
