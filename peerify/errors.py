@@ -1,4 +1,4 @@
-"""Every error a user is meant to read. cli.py prints the message and exits with `exit_code`.
+"""Every error a user is meant to read. The command line prints the message and exits with `exit_code`.
 
 A message is one sentence that names the thing at fault, the key or the file, and the remedy.
 """

@@ -1,4 +1,4 @@
-"""Open a model (Hub, directory, GGUF); write a folder atomically."""
+"""Load a model, dense or converted, from the Hub, a folder or a GGUF file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Run a model block by block and hand out what each feed-forward layer sees.
 
-Two streams of hidden states go through the blocks side by side: the dense model's, and that of the model as far as it
-is converted. A layer is thus fitted to the input that it will really get, and can be asked to bring the stream back to
-where the dense model's is. In memory are the two streams and one layer's input, never the activations of all layers.
+Two residual streams go through the blocks side by side: that of the dense model and that of the model as converted so
+far. So each layer is fitted to the input that it will really get, and its target can bring the residual stream back to
+the dense model's. Memory holds the two streams and one layer's input, never the activations of all layers.
 
 Suffixes: t tokens of all batches, d d_model.
 """
@@ -36,8 +36,8 @@ class SiteData:
     y_td: Tensor
     """The dense layer's output for it, float32."""
     correction_td: Tensor | None
-    """What would have to be added to its output for the stream to be the dense model's again; None where it is not
-    simply added to the stream (a norm follows it), or where the model does not run block by block."""
+    """What to add to its output so that the residual stream is the dense model's again; None where the output is not
+    simply added to that (a norm follows it), or where the model does not run block by block."""
     converted_td: Tensor | None = None
     """To be set to the output of what replaces the layer, where it is known: saves running the block once more.
     `y_td` itself where the layer stays."""
@@ -266,7 +266,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _adds_up(model: nn.Module, block: nn.Module, site: Site, call: _Call, hidden: Tensor, output: Tensor) -> bool:
-    """Whether the layer's output is simply added to the stream: the block without it, plus it, is the block."""
+    """Whether the layer's output is just added to the residual stream: the block without it, plus it, is the block."""
     own: list[Tensor] = []
 
     def silence(module: nn.Module, args: Any, y: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Refine a layer by gradient, by itself: a router that misses little, and experts that make up for what is missed.
+"""Train one layer's router and experts by gradient, on that layer's calibration data alone.
 
-The closed-form fit (router.py) predicts how much each expert matters; what counts in the end is which ones come first.
-With hard top-k there is no gradient, so for the router the choice is relaxed: expert i is in with probability
-m_i = sigmoid((s_i - tau) / T), tau such that the m_i sum to k. Its loss is the energy of what is left out,
-sum (1 - m_i) |a_i|^2 ||v_i||^2, once for the retrieval of candidates and once for their re-ranking; what would be cut
-from the shortlist is not missed. The experts learn at the same time, under the hard choice, from the squared error of
-the layer's output. Both are taken per token, relative to what there is: a few tokens of many models have activations a
-hundred times the size of all others.
+The closed-form fit (router.py) predicts how much each expert contributes, but only the order of the predictions counts.
+A hard top-k passes no gradient to scores. The router's selection is therefore relaxed: expert i is selected with
+probability m_i = sigmoid((s_i - tau) / T), where tau is such that the m_i sum to k. The router's loss is the energy of
+the experts left out, sum (1 - m_i) |a_i|^2 ||v_i||^2. It is taken twice, for the candidates and for the shortlist, and
+without the experts that would not be kept anyway. At the same time the experts are trained on the squared error of the
+layer's output, with the hard selection. Both losses are relative to each token's total, because in many models a few
+tokens have activations a hundred times as large as all others.
 
 Suffixes: t tokens, d d_model, n experts (scores: routed ones only), h heads, m rows + columns.
 """
@@ -27,11 +27,11 @@ from peerify.modeling.peer_selection import among_logs, among_sizes, at_least, c
 
 BATCH = 512  # tokens
 PASSES = 2  # over the calibration text, unless the number of steps is given
-RATE = 6e-3  # of Adam, for biases in units of the spread of the scores, for queries in that of their elements
-KEY_RATE = 0.15  # for sub-keys, in units of the spread of their elements
+RATE = 6e-3  # of Adam, for biases in units of the scores' standard deviation; for queries, of their elements'
+KEY_RATE = 0.15  # for sub-keys, in units of their elements' standard deviation
 EXPERT_RATE = 0.01  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
-TEMPERATURE = 0.3  # in units of the spread of the scores
+TEMPERATURE = 0.3  # in units of the scores' standard deviation
 SLOPE = 0.3  # of the score in the re-ranking, to start from
 NEWTON_STEPS, ENOUGH = 8, 1e-2  # at most; after a step below ENOUGH temperatures, about its square is left
 
@@ -39,8 +39,8 @@ NEWTON_STEPS, ENOUGH = 8, 1e-2  # at most; after a step below ENOUGH temperature
 def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, seed: int) -> None:
     """Train router and experts of `layer`, in place.
 
-    Does nothing where the relaxation does not speak of one choice: heads that search one pool or spend budgets of their
-    own, queries with a norm, gates other than unit, and layers that add up everything.
+    Layers without one joint selection stay as they are: those whose heads share a pool or have budgets of their own,
+    with a query norm, with gates other than unit, and those that keep every expert.
 
     Args:
         x_td: calibration input of the layer.
@@ -64,7 +64,7 @@ def _train(layer: PEER, x_td: Tensor, target_td: Tensor, steps: int, seed: int) 
     router = _Router(layer, x_td)
     pool = layer.pool
     tables = [pool.u, pool.v, pool.gate, pool.u_bias, pool.gate_bias, layer.bias]
-    learned = router.learned() + [(table, EXPERT_RATE * _spread(table)) for table in tables if table is not None]
+    learned = router.learned() + [(table, EXPERT_RATE * _deviation(table)) for table in tables if table is not None]
     groups = [{"params": [tensor], "rate": rate} for tensor, rate in learned]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -124,8 +124,8 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
 
 
 class _Router:
-    """A layer's router in coordinates that suit Adam: standardised input, and scores of spread 1, unless they have a
-    unit of their own."""
+    """A layer's router in coordinates that suit Adam: standardised input, and scores with standard deviation 1 unless
+    they are estimates, which have a unit of their own."""
 
     def __init__(self, layer: PEER, x_td: Tensor) -> None:
         keys = copy.deepcopy(layer.keys)
@@ -138,14 +138,14 @@ class _Router:
             _meets_input(keys).mul_(self.scale_d)
             if keys.sub_key_bias is not None:
                 keys.sub_key_bias.copy_(bias_hm)
-            spread = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
+            deviation = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
             if keys.act is not None:
-                self.temperature, slope = TEMPERATURE * spread, layer.pool.rerank_slope
+                self.temperature, slope = TEMPERATURE * deviation, layer.pool.rerank_slope
             else:
                 self.temperature, slope = TEMPERATURE, None
-                keys.sub_keys.div_(spread)
+                keys.sub_keys.div_(deviation)
                 if keys.sub_key_bias is not None:
-                    keys.sub_key_bias.div_(spread)
+                    keys.sub_key_bias.div_(deviation)
         start = x_td.new_tensor([SLOPE]) if slope is None else slope.detach().clone()
         self.slope = start.requires_grad_()
         self.log_scale_n = None
@@ -155,9 +155,9 @@ class _Router:
     def learned(self) -> list[tuple[Tensor, float]]:
         """The tensors that learn, and the rates they learn at."""
         keys = self.keys
-        found: list[tuple[Tensor, float]] = [(keys.sub_keys, KEY_RATE * _spread(keys.sub_keys))]
+        found: list[tuple[Tensor, float]] = [(keys.sub_keys, KEY_RATE * _deviation(keys.sub_keys))]
         if keys.query_proj is not None:
-            found.append((keys.query_proj.weight, RATE * _spread(keys.query_proj.weight)))
+            found.append((keys.query_proj.weight, RATE * _deviation(keys.query_proj.weight)))
         if keys.sub_key_bias is not None:
             found.append((keys.sub_key_bias, RATE))
         if keys.log_scale is not None:
@@ -192,7 +192,7 @@ def _meets_input(keys: ProductKeys) -> Tensor:
     return (keys.sub_keys if keys.query_proj is None else keys.query_proj.weight).data
 
 
-def _spread(table: Tensor) -> float:
+def _deviation(table: Tensor) -> float:
     return float(table.detach().std()) if table.numel() > 1 else 0.0
 
 

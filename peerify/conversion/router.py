@@ -38,7 +38,7 @@ class RouterFit:
     mean_score_f: Tensor
     """Mean importance."""
     peak_f: Tensor
-    """Largest importance, in units of what all neurons together have to say for a typical token: the median over
+    """Largest importance, in units of the importance of all neurons together for a typical token: the median over
     tokens of the root of their summed squares."""
     mean_d: Tensor
     """Mean input."""
@@ -156,7 +156,7 @@ def fill_estimates(keys: ProductKeys, ff: FeedForward, fit: RouterFit, neuron_n:
     assert keys.deviation is not None
     table_fd, bias_f = (ff.u_fd, ff.u_bias_f) if ff.gate_fd is None else (ff.gate_fd, ff.gate_bias_f)
     target_nd, scale_n = table_fd[neuron_n], fit.up_f[neuron_n] * ff.v_fd[neuron_n].norm(dim=1)
-    target_md = F.pad(target_nd, (0, 0, 1, 0))  # the one row key has nothing to say
+    target_md = F.pad(target_nd, (0, 0, 1, 0))  # the one row key adds nothing
     key_hmd = _low_rank(keys, fit, target_md[None], F.pad(scale_n, (1, 0)))
     bias_m = (target_md - key_hmd[0]) @ fit.mean_d
     keys.sub_key_bias.data.copy_(bias_m if bias_f is None else bias_m + F.pad(bias_f[neuron_n], (1, 0)))
@@ -187,7 +187,7 @@ def truncate(keys: ProductKeys, fit: RouterFit, rank: int) -> int:
     """Shorten a fitted low-rank query, whose coordinates are the most important first; returns its new length."""
     query, dropped = keys.query_proj, slice(rank, None)
     assert query is not None
-    if keys.sub_key_bias is not None:  # takes over what the rest says of the mean input
+    if keys.sub_key_bias is not None:  # takes over the score of the mean input
         keys.sub_key_bias.data += keys.sub_keys.data[..., dropped] @ (query.weight.data[dropped] @ fit.mean_d)
     if keys.deviation is not None:
         lost_n = keys.sub_keys.data[0, 1:, dropped].square().sum(1)

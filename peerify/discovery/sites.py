@@ -1,7 +1,7 @@
 """Find the dense feed-forward layers of any transformers model.
 
 Layers are found by what they compute, never by what they are called: see formula.py. A found layer is a
-Site; dense.py reads its weights and puts something else in its place.
+Site; conversion/feedforward.py reads its weights and puts something else in its place.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Site:
     reason: str
     """Why it is not convertible; empty if it is."""
     clamp: Clamp | None = None
-    """Clamps and a shift inside a gated layer, see formula.Clamp."""
+    """Clamps and a shift inside a gated layer, see replay.Clamp."""
     learned: str = ""
     """The module that holds the activation's own parameters, if it has any."""
     inner_scale: float = 1.0

@@ -2,7 +2,7 @@
 
 The same recording works with real weights and on the meta device, where tensors have shapes but no
 numbers; there, what does not depend on weights (positions, masks) is computed on the side, because models
-branch on it. Nothing here knows of feed-forward layers; formula.py and feedforward.py read the graph.
+branch on it. Nothing here knows of feed-forward layers; formula.py and sites.py read the graph.
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ GATHERED = 2**19  # numbers of gathered rows at a time on a CPU: from its cache 
 class ExpertPool(nn.Module):
     """The tables of single-neuron experts, and their evaluation for given indices.
 
-    A module of its own, so that offload and sharding hooks see every access, and two layers that share the module
-    share the experts. Row i of `u`, `gate` and `v` is expert i's input, gate and output vector. The first
-    `num_shared` experts take part for every token.
+    Row i of `u`, `gate` and `v` is expert i's input, gate and output vector. The first `num_shared` experts are always
+    on. The pool is a module of its own, so that hooks for offloading and sharding see every access, and so that two
+    layers can share one pool.
 
-    With `rerank`, one projection ("gate" or "up") of every candidate is evaluated first; only those whose estimated
-    contribution |a_i| ||v_i|| is largest are shortlisted. The estimate of its logarithm is
-    log |probed factor| + log rerank_scale + rerank_slope * retrieval score: the score speaks for the other factor.
-    Once both projections of the shortlisted are known, so is |a_i|, and only the largest contributions are added up.
+    Re-ranking (`rerank`) computes one projection, "gate" or "up", of every candidate. It shortlists those with the
+    largest estimate of their contribution |a_i| ||v_i||. The logarithm of the estimate is log |probed factor| +
+    log rerank_scale + rerank_slope * retrieval score, where the score stands in for the factor that is not computed.
+    For the shortlisted both factors are then computed, and those with the largest contributions are kept.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class ExpertPool(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_experts, d_model)) if gated else None
         self.u_bias = nn.Parameter(torch.empty(num_experts)) if expert_bias else None
         self.gate_bias = nn.Parameter(torch.empty(num_experts)) if gated and gate_bias else None
-        # What one unit of the probing projection is worth, E|other factor| ||v_i||. Parameters, though no gradient
-        # reaches them: what loads and offloads weights piece by piece may pass buffers over.
+        # The contribution per unit of the probed projection, E|other factor| ||v_i||. These are parameters, though no
+        # gradient reaches them, because code that loads or offloads weights piece by piece may skip buffers.
         self.rerank_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank else None
         self.rerank_slope = nn.Parameter(torch.empty(1), requires_grad=False) if rerank else None
-        # ||v_i|| as of the last fit: the rows of `v` that are left out need not be read to know.
+        # ||v_i|| as of the last fit, so that the rows of `v` which are left out need not be read.
         self.rerank_norm = nn.Parameter(torch.empty(num_experts), requires_grad=False) if rerank and gated else None
         self.reset_parameters()
 
@@ -117,7 +117,7 @@ class ExpertPool(nn.Module):
         return y_td + self._shared(x_td) if self.num_shared else y_td
 
     def _shared(self, x_td: torch.Tensor) -> torch.Tensor:
-        """What the experts that take part for every token say."""
+        """Sum of the always-on experts' outputs, (t, d)."""
 
         def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return F.linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])

@@ -24,18 +24,20 @@ def activation_module(name: str) -> nn.Module:
 
 
 class ProductKeys(nn.Module):
-    """Product-key retrieval: the best-scoring cells of one grid per head.
+    """Product-key retrieval: each head finds the cells of a grid with the largest scores.
 
     Heads that share the pool (the paper) all search the same `grid`; otherwise head h owns the experts
-    h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end; they are never retrieved.
-    The query is x itself (`query_dim=None`: sub-keys live in the model's space), a projection of x for each head whose
-    halves meet row and column keys (the paper), or one low-rank projection of x that all sub-keys of all heads meet
-    (`share_query`). A grid of one row makes its columns plain keys: every cell has a key of its own.
+    h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end, which are never retrieved.
 
-    With `estimate`, such keys do not score experts but estimate the projections that their activation function is
-    applied to, z_i, gate_i . x or for plain experts u_i . x, from the query alone. The score is then the logarithm of
-    the size that the expert is likely to have, log_scale_i + log sqrt(E act(z_i + e_i)^2), where e_i ~ N(0,
-    deviation_i^2) is what the query leaves out.
+    The query is one of three:
+        x itself (`query_dim=None`), with sub-keys of d_model;
+        a projection of x for each head, whose halves are compared with row and column keys (the paper);
+        one low-rank projection of x that is compared with all sub-keys of all heads (`share_query`).
+    In a grid of one row each column is a plain key: every expert has a key of its own.
+
+    With `estimate`, the product of key i and query estimates z_i, the projection that expert i's activation function is
+    applied to (gate_i . x, or u_i . x for plain experts). The score is the logarithm of the expected size of the
+    activation, log_scale_i + log sqrt(E act(z_i + e_i)^2), where e_i ~ N(0, deviation_i^2) is the estimate's error.
     """
 
     def __init__(

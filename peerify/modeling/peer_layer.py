@@ -39,28 +39,28 @@ class Products(NamedTuple):
 
 
 class PEER(nn.Module):
-    """A PEER layer in place of a feed-forward layer: retrieve experts by product keys, sum what they say.
+    """A PEER layer in place of a feed-forward layer: it retrieves experts by product keys and sums their outputs.
 
     Args:
         d_model: width of input and output.
-        num_experts: experts in the pool, the `num_shared` always-on ones included.
+        num_experts: experts in the pool, including the `num_shared` always-on ones.
         grid: rows x columns of the product-key grid (of each head's own grid unless `share_pool`).
         num_heads: retrieval heads h.
-        topk: experts evaluated in full per head, k; with `joint_topk` the heads share a budget of h*k.
-        candidates: experts retrieved per head, of which `rerank` keeps `shortlist`; None: as many as that.
-        shortlist: candidates per head whose activation is evaluated, of which those `topk` are added up that
-            contribute most; None: as many as `topk`.
+        topk: experts kept per head, k; with `joint_topk` the heads share a budget of h*k.
+        candidates: experts retrieved per head, of which re-ranking keeps `shortlist`; None: `shortlist`.
+        shortlist: candidates per head whose activation is computed; the `topk` that contribute most are kept.
+            None: `topk`.
         gated, activation, expert_bias, gate_bias, output_bias: the form of the experts (see the module docstring).
-        num_shared: experts that take part for every token, without retrieval.
+        num_shared: always-on experts, which take part for every token without retrieval.
         share_pool: all heads retrieve from one pool (the paper); otherwise each owns a part of it.
         share_keys: all heads use the same sub-keys (the paper, Eq. 7).
         joint_topk: the heads share one budget instead of spending `topk` each.
         gates: "softmax" over what a head retrieved (paper, Algorithm 1), "sigmoid" of the score (Eq. 2), or "unit":
-            exactly 1, an expert that several heads retrieve counting once. Unit gates with everything retrieved are
-            the dense layer.
+            exactly 1, and once where several heads retrieve an expert. With unit gates and every expert kept, the
+            layer is the dense layer.
         query_dim, share_query, query_norm: see `ProductKeys`; query_norm is the paper's query batch norm.
         key_bias: a bias for each sub-key.
-        estimate: scores are the sizes that experts are likely to have, see `ProductKeys`.
+        estimate: scores estimate the size of each expert's output, see `ProductKeys`.
         rerank: None, "gate" or "up": see `ExpertPool`.
         clamp: limits inside GLU experts, each optional: "gate" (gate projections at most this), "act" (their
             activation at most this), "up" (up projections at most this in size), and "shift" (added to up then).

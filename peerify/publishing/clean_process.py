@@ -1,4 +1,4 @@
-"""What someone without peerify does with a published model: load it and compute. Run by loadback.py as plain text.
+"""What someone without peerify does with a published model: load it and compute. Run by verify.py as plain text.
 
 One argument, JSON: {"source", "revision", "files", "inputs", "out", "reference"}. Loads `source` (a folder, or a Hub id
 with the `files` it must have) with trust_remote_code, writes `out`.json (class, digests of all weights) and

@@ -68,7 +68,7 @@ def _write_inputs(folder: Path, path: Path) -> None:
 
 
 def _run(scratch: Path, name: str, *, offline: bool = False, **job: Any) -> dict[str, Any]:
-    """Have stranger.py do `job` and return what it wrote down."""
+    """Have clean_process.py do `job` and return what it wrote down."""
     empty = scratch / "empty"
     empty.mkdir(exist_ok=True)
     defaults = {"revision": None, "reference": None, "files": None, "inputs": str(scratch / "inputs.pt")}

@@ -1,9 +1,9 @@
-"""Training through the selection of experts, and what the selection looks like from outside.
+"""Gradients through the selection of experts, and statistics of the selection.
 
-With unit gates an expert is in or out, so the loss has no gradient with respect to the scores that decide. What the
-loss would gain by taking an expert in is known all the same, since the plain path computes every expert: it is passed
-to the score as if the step from out to in were a sigmoid around the threshold (a straight-through estimate, Bengio
-et al., 1308.3432). With softmax and sigmoid gates the scores weigh the experts and need no help.
+With unit gates an expert is kept or not, and the loss has no gradient with respect to the scores that decide. The dense
+path computes every expert, so the change of the loss by keeping one is known. The score gets this as its gradient, as
+if the step from 0 to 1 were a sigmoid around the threshold: a straight-through estimate (Bengio et al., 1308.3432).
+With softmax and sigmoid gates the scores are weights of the experts and have gradients anyway.
 
 Suffixes: t tokens, s tokens that teach the router, d d_model, n experts, h heads, c cells of one head's grid.
 """
@@ -25,10 +25,11 @@ AT_ONCE = 256  # tokens
 
 
 class _Weighted(torch.autograd.Function):
-    """Activations times weights of 0 and 1; backward as if a routed expert's weight were worth * sigmoid((score -
-    level) / width), all four given for the tokens `taught` alone, which speak on behalf of all.
+    """Activations times weights of 0 and 1, with a gradient to the scores.
 
-    The sigmoid is evaluated in the backward pass only: forward, a selection costs no more than without a gradient.
+    Backward, a routed expert's weight is kept * sigmoid((score - level) / width), where `kept` is 1 for experts that
+    re-ranking would keep. Scores are given for the tokens `taught` only; their gradient is scaled up to stand for all.
+    The sigmoid is evaluated in the backward pass, so a forward pass costs no more than without a gradient.
     """
 
     @staticmethod
@@ -39,20 +40,20 @@ class _Weighted(torch.autograd.Function):
         score_sn: Tensor,
         level: Tensor,
         width: Tensor,
-        worth_sn: Tensor,
+        kept_sn: Tensor,
         taught: slice,
     ) -> Tensor:
-        ctx.save_for_backward(a_tn, weight_tn, score_sn, level, width, worth_sn)
+        ctx.save_for_backward(a_tn, weight_tn, score_sn, level, width, kept_sn)
         ctx.taught = taught
         return a_tn * weight_tn
 
     @staticmethod
     def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a_tn, weight_tn, score_sn, level, width, worth_sn = ctx.saved_tensors
+        a_tn, weight_tn, score_sn, level, width, kept_sn = ctx.saved_tensors
         step_sn = (score_sn - level).div_(width).sigmoid_()
         step_sn.addcmul_(step_sn, step_sn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
         gain_sn = (slope_tn[ctx.taught] * a_tn[ctx.taught])[:, -score_sn.shape[1] :]  # shared experts come first
-        step_sn.mul_(gain_sn).mul_(worth_sn).div_(width / ctx.taught.step)
+        step_sn.mul_(gain_sn).mul_(kept_sn).div_(width / ctx.taught.step)
         return slope_tn * weight_tn, None, step_sn, None, None, None, None
 
 
@@ -80,22 +81,22 @@ def _weighted(
     taught: slice,
 ) -> Tensor:
     """Activations times weights, with a gradient to the scores of the tokens `taught`."""
-    # Of several heads that search one pool, the kindest decides.
+    # Where several heads search one pool, the one with the largest margin decides.
     one_head = score_shn.shape[1] == 1
     margin_sn = score_shn[:, 0] if one_head else (score_shn - level).amax(1)
     level = level[:, 0] if one_head else torch.zeros_like(level[:, 0])
     given_shn = score_shn.detach()
     centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
-    spread_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
-    width_s1 = temperature * spread_sh.mean(1, keepdim=True).clamp_min(1e-12)
+    deviation_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
+    width_s1 = temperature * deviation_sh.mean(1, keepdim=True).clamp_min(1e-12)
     return _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_sn, taught)  # type: ignore[no-any-return]
 
 
 class StraightThrough:
     """The selection of experts in every PEER layer of a model, while it trains.
 
-    Use as a context: inside, layers with unit gates pass gradients to their scores, and what was retrieved in the last
-    forward pass with gradients is on record for the router's own losses, its bias and the statistics.
+    Use as a context. Inside, layers with unit gates pass gradients to their scores. While `recording`, the selection of
+    the last forward pass with gradients is kept for the router's losses, the balance of its biases and the statistics.
     """
 
     def __init__(
@@ -104,9 +105,9 @@ class StraightThrough:
         """Find the layers.
 
         Args:
-            temperature: width of the sigmoid in the gradient, in spreads of a token's scores; None: no gradient.
-            every: one token in so many teaches the router. The others take no part in `losses` either, if more than 1.
-            with_losses: keep what the gradient of `losses` needs in a forward pass that is on record.
+            temperature: width of the sigmoid, in standard deviations of a token's scores; None: no gradient.
+            every: one token in so many gives its gradient to the router, in `losses`, too.
+            with_losses: keep what the gradient of `losses` needs while `recording`.
         """
         self.layers = peer_layers(model)
         self.temperature = temperature
