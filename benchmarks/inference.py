@@ -1,7 +1,7 @@
 """Tokens per second of reading a prompt and of generating text: a converted model beside its dense one, in one run.
 
 Both read the same random tokens, then continue them greedily, one model after the other, so that what else the machine
-does touches both alike. Reported are medians and their ratio, converted over dense: below 1 the converted one is slower.
+does touches both alike. Reported are medians and their ratio, converted over dense; below 1 the converted is slower.
 
     python benchmarks/inference.py DENSE CONVERTED [--dtype bfloat16] [--prompt 512] [--new 32] [--repeats 5]
 
