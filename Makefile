@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 MODEL ?=
 TEXT ?=
 
-.PHONY: help demo test lint slow fuzz zoo bench-quality format clean
+.PHONY: help demo test lint slow fuzz zoo docs bench-quality format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make slow    the tests that take longer as well"
 	@echo "make fuzz    20,000 damaged files for every reader of what others wrote (COUNT for each, SEED to repeat)"
 	@echo "make zoo     convert every architecture of transformers, write docs/architectures.md (about an hour)"
+	@echo "make docs    write docs/options.md from the schema of the recipe"
 	@echo "make bench-quality MODEL=model CALIBRATION='a.txt b.txt' TEST=c.txt OOD=d.txt"
 	@echo "             conversion beside other methods: a table and a plot in .quality/ (hours; goes on where it stopped)"
 	@echo "make lint    linters and type checker only"
@@ -55,6 +56,9 @@ fuzz: $(READY)
 
 zoo: $(READY)
 	@$(BIN)/python tests/zoo/run.py
+
+docs: $(READY)
+	@$(BIN)/python docs/write_options.py
 
 # OPTIONS takes everything else that benchmarks/quality/run.py --help lists.
 bench-quality: $(READY)

@@ -142,9 +142,9 @@ def loading(command: Command) -> Command:
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="peerify")
 def cli() -> None:
-    """Turn a dense Hugging Face model into a PEER model.
+    """Convert a Hugging Face model so that its feed-forward layers use only the neurons that matter for each token.
 
-    Each neuron becomes an expert of its own, and product keys retrieve the few that matter for a token.
+    Each neuron becomes an expert of its own, and the router of a PEER layer picks the experts for each token.
 
     MODEL is a Hub id, a directory or a .gguf file.
 

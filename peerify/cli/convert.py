@@ -47,10 +47,10 @@ def convert(
 ) -> None:
     """Convert the dense model MODEL into a PEER model in the folder OUT.
 
-    The neurons become the experts; the text given with --calibration decides how they are arranged and
-    retrieved. --layers auto with --active or --max-loss turns a stated price into a plan of layers and shares, which
-    `peerify inspect --plan` shows beforehand. OUT appears when everything is done: an interrupted run leaves it as
-    it was.
+    Its feed-forward layers then spend less compute on each token (--active), at some loss of quality. The neurons
+    become the experts; the text given with --calibration decides how they are arranged and retrieved. --layers auto
+    with --active or --max-loss turns a stated price into a plan of layers and shares, which `peerify inspect --plan`
+    shows beforehand. OUT appears when everything is done: an interrupted run leaves it as it was.
 
     \b
     Examples:

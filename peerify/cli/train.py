@@ -27,9 +27,10 @@ def train(
 ) -> None:
     """Train the converted model of RECIPE further, towards the dense model it came from.
 
-    The model is the recipe's `output`, the dense teacher its `model`; `train:` says on which text, with which
-    losses, and what trains. Checkpoints, the log and curves go to the folder OUTPUT-run. Ctrl-C writes a
-    checkpoint and ends the run with exit code 130; --resume goes on with it as if nothing had happened.
+    A short training wins back most of what conversion lost. The model is the recipe's `output`, the dense teacher
+    its `model`; `train:` says on which text, with which losses, and what trains. Checkpoints, the log and curves go
+    to the folder OUTPUT-run. Ctrl-C writes a checkpoint and ends the run with exit code 130; --resume goes on with
+    it as if nothing had happened.
 
     \b
     Examples:

@@ -49,7 +49,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 class PeerConfig(Section):
-    """What the converted layers look like. ``None`` means: chosen per layer from its shape."""
+    """What the converted layers look like. An option that is not set is chosen for each layer from its shape."""
 
     PEER_PAPER: ClassVar[dict[str, Any]] = {
         "gates": "softmax",
@@ -95,13 +95,15 @@ class PeerConfig(Section):
     topk, where that is given. For gated experts."""
 
     num_experts: int | None = Field(default=None, ge=1, le=2**31)
-    """Experts per layer; by default one per neuron of the dense layer."""
+    """Experts per layer; by default one per neuron of the dense layer. With fewer the least important neurons go, with
+    more the most important are split."""
 
     grid: tuple[int, int] | None = None
     """Rows and columns of the product-key grid."""
 
     gates: Literal["unit", "softmax", "sigmoid"] | None = None
-    """Gate on each expert's output: unit keeps copied neurons exact, softmax and sigmoid weigh by score."""
+    """Gate on each expert's output: unit, the default, keeps copied neurons exact; softmax and sigmoid weigh by
+    score."""
 
     joint_topk: bool | None = None
     """Share one budget of heads x topk over all heads instead of topk for each head."""
@@ -113,17 +115,20 @@ class PeerConfig(Section):
     """All heads use the same sub-keys (the paper); needs share_pool."""
 
     num_shared: int | None = Field(default=None, ge=0)
-    """Always-on experts, counted in num_experts; by default those whose peaks dwarf a whole token's activations."""
+    """Always-on experts, counted in num_experts; by default those with rare, huge values, whose peaks dwarf a whole
+    token's activations (less than 2 %)."""
 
     query_dim: int | None = Field(default=None, ge=2, le=2**16, multiple_of=2)
     """Length of a query; its two halves meet the two sets of sub-keys."""
 
     share_query: bool | None = None
-    """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head."""
+    """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head. By
+    default also a key for each expert instead of product keys, where the router's budget allows it; false: product keys
+    in grids."""
 
     estimate: bool | None = None
     """Score experts by the size that a low-rank estimate of their gate projection makes likely, instead of by a linear
-    score; by default where experts have keys of their own."""
+    score; by default where experts have keys of their own; false: linear."""
 
     query_norm: bool | None = None
     """Batch norm on the queries (the paper)."""
@@ -136,7 +141,8 @@ class PeerConfig(Section):
     """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""
 
     refine_steps: int | None = Field(default=None, ge=0)
-    """Gradient steps that refine router and experts of each layer on its own output; by default two passes."""
+    """Gradient steps that refine router and experts of each layer on its own output; by default two passes over the
+    calibration text, 0: closed form only."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random; the same seed gives the same bytes."""

@@ -21,13 +21,13 @@ from peerify.reading import local_path, printable, shown
 
 
 class CalibrationConfig(Section):
-    """The text that decides which neurons belong together."""
+    """The text that decides how experts are arranged and retrieved."""
 
     data: str | list[str] | None = None
     """Calibration text: a .txt, .jsonl or .parquet file or a Hub dataset (name or name:config)."""
 
     tokens: int = Field(default=16384, ge=1)
-    """Tokens of calibration text."""
+    """Tokens of calibration text; more take longer, and less is lost."""
 
     context: int = Field(default=512, ge=2)
     """Tokens per calibration window."""
@@ -110,7 +110,7 @@ class Recipe(Section):
     """Largest size of one written .safetensors file."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace the output folder, where peerify wrote it and nobody put anything else into it."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the input model."""

@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed instead of giving it back; False where that cannot be, or the user has chosen.
 
     By default it returns large blocks to the system at once, which clears each page when the next step asks for it
-    again: up to a quarter of a step on a CPU (README). The process then holds the most it ever used, as it would
-    have to anyway at the same point of the next step.
+    again: up to a quarter of a step on a CPU (docs/results.md). The process then holds the most it ever used, as it
+    would have to anyway at the same point of the next step.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or chosen:

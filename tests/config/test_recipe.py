@@ -234,7 +234,7 @@ def test_messages_name_the_flag() -> None:
 
 
 def test_the_only_stage_need_not_be_written_down_to_be_changed(tmp_path: Path) -> None:
-    """README's own form: --set train.stages.0.optimizer.lr=5e-5."""
+    """The form in docs/healing.md: --set train.stages.0.optimizer.lr=5e-5."""
     path = write(tmp_path / "r.yaml", "model: a\noutput: b\ntrain: {data: {sources: a.txt}}\n")
     train = Recipe.load(path, ["train.stages.0.optimizer.name=galore", "train.stages.0.optimizer.lr=5e-5"]).train
     assert train is not None
