@@ -80,6 +80,6 @@ def _block_numbers(model: Any, stage: StageConfig) -> int:
 def _peer_numbers(layer: PEER, stage: StageConfig) -> int:
     # Of each expert: its projections, the activated one, their product, its weight, and the weighted activation.
     numbers = (4 if layer.pool.gate is None else 6) * layer.num_experts + layer.d_model
-    if layer.gates == "unit" and layer.chooses and stage.optimizer.router_scale > 0:
+    if layer.gates == "unit" and layer.needs_routing and stage.optimizer.router_scale > 0:
         numbers += SCORE_NUMBERS * (layer.num_experts - layer.num_shared) // stage.router_every
     return numbers
