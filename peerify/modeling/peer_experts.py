@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_keys import Retrieved, activation_module
-from .peer_selection import FAR_BELOW, topk_indices
+from .peer_selection import FAR_BELOW, Candidates, kept, topk_indices
 
 GATHERED = 2**19  # numbers of gathered rows at a time on a CPU: from its cache they are read in a third of the time
 
@@ -77,25 +77,50 @@ class ExpertPool(nn.Module):
         if self.rerank_slope is not None:
             init.zeros_(self.rerank_slope)
 
+    def forward(
+        self, x_td: torch.Tensor, found: Retrieved | Candidates | None, shortlist: int, topk: int
+    ) -> torch.Tensor:
+        """Weighted sum of experts, (t, d).
+
+        Args:
+            x_td: tokens.
+            found: candidates of each token, as indices or among all experts; None: all experts, each with weight 1.
+            shortlist: how many candidates both projections are computed of (all of them without `rerank`).
+            topk: how many of those are kept (all of them without `rerank_norm`).
+        """
+        if isinstance(found, Retrieved):
+            return self.gathered(x_td, found, shortlist, topk)
+        u_tn, gate_tn, a_tn = self.products(x_td)
+        weight_tn = self.weights(found, u_tn, gate_tn, a_tn, shortlist, topk)
+        return (a_tn if weight_tn is None else a_tn * weight_tn) @ self.v
+
     def products(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Up and gate projections, and activations, of all experts by dense products: each (t, n)."""
         u_tn = F.linear(x_td, self.u, self.u_bias)
         gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
         return u_tn, gate_tn, self.activate(u_tn, gate_tn)
 
-    def gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, keep: int) -> torch.Tensor:
-        """Weighted sum of experts, (t, d), for which only the candidates' rows are read.
+    def weights(
+        self,
+        found: Candidates | None,
+        u_tn: torch.Tensor,
+        gate_tn: torch.Tensor | None,
+        a_tn: torch.Tensor,
+        shortlist: int,
+        topk: int,
+    ) -> torch.Tensor | None:
+        """Gate values of all experts, (t, n), 0 for those that are not kept; None: all are, each with weight 1."""
+        if found is None:
+            return None
+        weight_tn = found.weight_tn * kept(self, found, u_tn, gate_tn, a_tn, shortlist, topk)
+        return F.pad(weight_tn.to(u_tn.dtype), (self.num_shared, 0), value=1.0)
 
-        Args:
-            x_td: tokens.
-            found: candidates of each token.
-            shortlist: how many of them both projections are evaluated of (all of them, unless `rerank`).
-            keep: how many of those are added up (all of them, unless there is `rerank_norm`).
-        """
+    def gathered(self, x_td: torch.Tensor, found: Retrieved, shortlist: int, topk: int) -> torch.Tensor:
+        """`forward` with candidates given as indices: only their rows are read."""
         at_once = max(1, GATHERED // (found.index_tc.shape[1] * x_td.shape[1]))
         if x_td.device.type == "cpu" and len(x_td) > at_once:
             parts = zip(x_td.split(at_once), found.split(at_once), strict=True)
-            return torch.cat([self.gathered(x, part, shortlist, keep) for x, part in parts])
+            return torch.cat([self.gathered(x, part, shortlist, topk) for x, part in parts])
         index_tc, weight_tc, score_tc = found
 
         def project(table: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
@@ -110,8 +135,8 @@ class ExpertPool(nn.Module):
         u_ts = project(self.u, self.u_bias, index_tc)
         gate_ts = None if self.gate is None else project(self.gate, self.gate_bias, index_tc)
         a_tk, index_tk = self.activate(u_ts, gate_ts) * weight_tc.to(x_td.dtype), index_tc
-        if self.rerank_norm is not None and keep < shortlist:
-            top_tk = topk_indices(self.contribution(a_tk, self.rerank_norm[index_tk]), keep)
+        if self.rerank_norm is not None and topk < shortlist:
+            top_tk = topk_indices(self.contribution(a_tk, self.rerank_norm[index_tk]), topk)
             a_tk, index_tk = a_tk.gather(1, top_tk), index_tk.gather(1, top_tk)
         y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
         return y_td + self._shared(x_td) if self.num_shared else y_td

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .peer_selection import topk_indices
+from .peer_selection import cell_scores, topk_indices
 
 
 def activation_module(name: str) -> nn.Module:
@@ -150,18 +150,22 @@ class ProductKeys(nn.Module):
         # Sums of two half-precision scores tie far too often for a sharp top-k.
         return score_thm if score_thm.dtype == torch.float64 else score_thm.float()
 
-    def forward(self, x_td: torch.Tensor, topk: int, joint: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best experts of each token.
+    def forward(
+        self, x_td: torch.Tensor, topk: int | None, joint: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The experts with the largest scores for each token, or the scores of all.
 
         Args:
             x_td: tokens (t, d_model).
-            topk: experts for each head, or for all heads together where `joint`.
+            topk: experts for each head, or for all heads together where `joint`; None: all, in their order.
             joint: one budget shared by all heads (the heads then search grids of their own).
 
         Returns:
             (index, score), each (t, h, topk), or (t, 1, topk) where `joint`. Where a head has fewer experts than
-            `topk`, the rest has score -inf.
+            `topk`, the rest has score -inf. Without `topk` (None, score), with the scores of `cell_scores`.
         """
+        if topk is None:
+            return None, cell_scores(self, *self.sub_scores(x_td))
         index_thc, score_thc = self._candidates(*self.sub_scores(x_td), topk)
         if joint:
             index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]

@@ -18,13 +18,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
 from .peer_experts import ExpertPool
 from .peer_keys import ProductKeys, Retrieved
-from .peer_selection import cell_scores, kept, select
+from .peer_selection import Candidates, candidates
 
 
 class Products(NamedTuple):
@@ -164,11 +163,8 @@ class PEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        found = self.retrieve(x_td) if self._gathers(len(x_td)) else None
-        if found is None:
-            y_td = self.activations(x_td) @ self.pool.v
-        else:
-            y_td = self.pool.gathered(x_td, found, self.shortlist, self.topk)
+        found = self.retrieve(x_td) if self._gathers(len(x_td)) else self.candidates_of(x_td)
+        y_td = self.pool(x_td, found, self.shortlist, self.topk)
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)
@@ -199,42 +195,41 @@ class PEER(nn.Module):
             return torch.ones(len(x_td), self.num_experts, dtype=torch.bool, device=x_td.device)
         return weight_tn != 0
 
+    def weights(self, x_td: torch.Tensor, products: Products) -> torch.Tensor | None:
+        """Gate values of all experts, (t, n), 0 for those that are not kept; None: all are, each with weight 1."""
+        score_thn, u_tn, gate_tn, a_tn = products
+        found = self.candidates_of(x_td, score_thn)
+        return self.pool.weights(found, u_tn, gate_tn, a_tn, self.shortlist, self.topk)
+
     def products(self, x_td: torch.Tensor) -> Products:
         """All products of x_td with this layer that do not depend on what is selected."""
         score_thn = self._scores(x_td) if self.gates == "unit" and self.needs_routing else None
         return Products(score_thn, *self.pool.products(x_td))
 
     def _scores(self, x_td: torch.Tensor) -> torch.Tensor:
-        return cell_scores(self.keys, *self.keys.sub_scores(x_td))
+        return self.keys(x_td, None)[1]  # type: ignore[no-any-return]
 
-    def weights(self, x_td: torch.Tensor, products: Products) -> torch.Tensor | None:
-        """Gate values of all experts, (t, n), 0 for those that are not added up; None: all are, each with weight 1."""
-        score_thn, u_tn, gate_tn, a_tn = products
+    def candidates_of(self, x_td: torch.Tensor, score_thn: torch.Tensor | None = None) -> Candidates | None:
+        """Candidates of each token among all experts; None: all are kept, each with weight 1.
+
+        Args:
+            score_thn: with unit gates, the retrieval scores, if they are known.
+        """
         if self.gates == "unit" and self.needs_routing:
-            score_thn = self._scores(x_td) if score_thn is None else score_thn
-            _, found_tn, kept_tn = select(self, score_thn, u_tn, gate_tn, a_tn)
-            weight_tn = (found_tn * kept_tn).to(x_td.dtype)
-        elif self.topk < self.keys.num_keys or self.needs_routing:
-            weight_tn = self._gate_values(x_td, u_tn, gate_tn, a_tn)
-        else:
+            with torch.no_grad():
+                return candidates(self, self._scores(x_td) if score_thn is None else score_thn)[1]
+        if self.topk >= self.keys.num_keys and not self.needs_routing:
             return None
-        return F.pad(weight_tn, (self.num_shared, 0), value=1.0)
-
-    def _gate_values(
-        self, x_td: torch.Tensor, u_tn: torch.Tensor, gate_tn: torch.Tensor | None, a_tn: torch.Tensor
-    ) -> torch.Tensor:
-        """Gate values of the routed experts, (t, n), 0 for those that are not added up, by retrieval."""
         found, score_tn = self.retrieve(x_td), None
-        weight_tn = torch.zeros_like(u_tn[:, self.num_shared :])
+        weight_tn = torch.zeros(len(x_td), self.keys.num_keys, dtype=x_td.dtype, device=x_td.device)
         if found is None:
-            weight_tn = weight_tn + 1
-        else:
-            index_tc = found.index_tc - self.num_shared
-            if found.score_tc is not None:
-                score_tc = found.score_tc.detach()
-                score_tn = score_tc.new_zeros(weight_tn.shape).scatter_add(1, index_tc, score_tc)
-            weight_tn = weight_tn.scatter_add(1, index_tc, found.weight_tc.to(weight_tn.dtype))
-        return weight_tn * kept(self, weight_tn, score_tn, u_tn, gate_tn, a_tn).to(weight_tn.dtype)
+            return Candidates(weight_tn + 1, None, True)
+        index_tc = found.index_tc - self.num_shared
+        if found.score_tc is not None:
+            score_tc = found.score_tc.detach()
+            score_tn = score_tc.new_zeros(weight_tn.shape).scatter_add(1, index_tc, score_tc)
+        weight_tn = weight_tn.scatter_add(1, index_tc, found.weight_tc.to(weight_tn.dtype))
+        return Candidates(weight_tn, score_tn, False)
 
     def retrieve(self, x_td: torch.Tensor) -> Retrieved | None:
         """Candidates of each token; None: all experts, each with weight 1."""

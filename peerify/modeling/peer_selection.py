@@ -22,7 +22,7 @@ Shape suffixes: t tokens, n experts (here without the always-on ones), h heads, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +93,17 @@ def _eager_on_cpu(score: torch.Tensor) -> bool:
     return score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+class Candidates(NamedTuple):
+    """Step 1, for all routed experts."""
+
+    weight_tn: torch.Tensor
+    """Gate values; 0 for those that are no candidates."""
+    score_tn: torch.Tensor | None
+    """Retrieval scores; None where an expert may have several, or nothing depends on them."""
+    unit: bool
+    """Whether all weights are 0 or 1."""
+
+
 def cell_scores(keys: Any, row_tha: torch.Tensor, column_thb: torch.Tensor) -> torch.Tensor:
     """Scores of the experts that each head searches: (t, h, n) where heads share the pool, else (t, 1, n)."""
     score_thc = (row_tha[..., None] + column_thb[..., None, :]).flatten(2)
@@ -102,14 +113,15 @@ def cell_scores(keys: Any, row_tha: torch.Tensor, column_thb: torch.Tensor) -> t
 
 
 @torch.no_grad()
-def candidates(layer: Any, score_thn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(layer: Any, score_thn: torch.Tensor) -> tuple[torch.Tensor, Candidates]:
     """Step 1 with unit gates, from the scores of all experts.
 
     Returns:
         The score of the last candidate, (t, h, 1), or (t, 1, n) where heads have pools and budgets of their own; and
-        1 for candidates, else 0, (t, n).
+        the candidates.
     """
     keys = layer.keys
+    score_tn = score_thn[:, 0].detach() if score_thn.shape[1] == 1 else None
     if not layer.joint_topk and not keys.share_pool and keys.num_heads > 1:
         cells = keys.grid[0] * keys.grid[1]
         spare = keys.num_heads * cells - keys.num_keys
@@ -118,43 +130,47 @@ def candidates(layer: Any, score_thn: torch.Tensor) -> tuple[torch.Tensor, torch
         mask_thc = largest(score_thc, level_th1, layer.per_head)
         lowest = torch.finfo(score_thn.dtype).min
         level_t1n = level_th1.expand_as(score_thc).flatten(1)[:, None, : keys.num_keys].clamp_min(lowest)
-        return level_t1n, mask_thc.flatten(1)[:, : keys.num_keys]
+        return level_t1n, Candidates(mask_thc.flatten(1)[:, : keys.num_keys], score_tn, True)
     level_th1 = threshold(score_thn, layer.per_head)
     mask_thn = largest(score_thn, level_th1, layer.per_head)
-    return level_th1, mask_thn[:, 0] if mask_thn.shape[1] == 1 else mask_thn.amax(1)  # which would copy it slowly
+    mask_tn = mask_thn[:, 0] if mask_thn.shape[1] == 1 else mask_thn.amax(1)  # which would copy it slowly
+    return level_th1, Candidates(mask_tn, score_tn, True)
 
 
 @torch.no_grad()
 def kept(
-    layer: Any,
-    weight_tn: torch.Tensor,
-    score_tn: torch.Tensor | None,
+    pool: Any,
+    found: Candidates,
     u_tn: torch.Tensor,
     gate_tn: torch.Tensor | None,
     a_tn: torch.Tensor,
+    shortlist: int,
+    topk: int,
 ) -> torch.Tensor:
     """Steps 2 and 3: 1 for the routed experts that are kept, and for those that would be were they candidates; else 0.
 
     Args:
-        weight_tn: gate values of the routed experts, 0 for those that are no candidates.
-        score_tn: their retrieval scores; None where an expert may have several, or nothing depends on them.
+        pool: the `ExpertPool`.
+        found: step 1.
         u_tn, gate_tn, a_tn: projections and activations of all experts, the always-on ones first.
+        shortlist, topk: how many experts steps 2 and 3 keep.
     """
-    pool, shared, unit = layer.pool, layer.num_shared, layer.gates == "unit"
-    if pool.rerank is None or layer.topk >= weight_tn.shape[1]:
+    weight_tn, score_tn, unit = found
+    shared = pool.num_shared
+    if pool.rerank is None or topk >= weight_tn.shape[1]:
         return torch.ones_like(weight_tn)
     among_tn = weight_tn if unit else (weight_tn != 0).to(weight_tn.dtype)
     probe_tn = (gate_tn if pool.rerank == "gate" and gate_tn is not None else u_tn)[:, shared:]
     rerank_tn = pool.rerank_score(probe_tn, None if unit else weight_tn, score_tn, pool.rerank_scale[shared:])
-    least_t1 = threshold(among_logs(rerank_tn, among_tn), layer.shortlist)
-    kept_tn = largest(rerank_tn, least_t1, layer.shortlist, among_tn)
-    if layer.topk < layer.shortlist:
+    least_t1 = threshold(among_logs(rerank_tn, among_tn), shortlist)
+    kept_tn = largest(rerank_tn, least_t1, shortlist, among_tn)
+    if topk < shortlist:
         size_tn = pool.contribution(a_tn[:, shared:], pool.rerank_norm[shared:])
         if not unit:
             size_tn *= weight_tn.abs()
         among_tn = kept_tn * among_tn
-        least_t1 = threshold(among_sizes(size_tn, among_tn), layer.topk)
-        kept_tn *= largest(size_tn, least_t1, layer.topk, among_tn)
+        least_t1 = threshold(among_sizes(size_tn, among_tn), topk)
+        kept_tn *= largest(size_tn, least_t1, topk, among_tn)
     return kept_tn
 
 
@@ -168,7 +184,5 @@ def select(
         The score of the last candidate and the candidates, see `candidates`; and what is `kept` of them. Added up are
         the experts for which both masks are 1.
     """
-    level, found_tn = candidates(layer, score_thn)
-    one_score = not layer.share_pool or layer.num_heads == 1
-    score_tn = score_thn[:, 0] if one_score else None
-    return level, found_tn, kept(layer, found_tn, score_tn, u_tn, gate_tn, a_tn)
+    level, found = candidates(layer, score_thn)
+    return level, found.weight_tn, kept(layer.pool, found, u_tn, gate_tn, a_tn, layer.shortlist, layer.topk)
