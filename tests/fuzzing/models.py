@@ -9,7 +9,7 @@ from pathlib import Path
 from checkpoints import text_file, tiny_checkpoint, tiny_model, tiny_tokenizer
 from dense_checkpoint import tiny_llama
 from fuzzing.harness import Corpus
-from test_gguf import write_gguf
+from gguf_files import write_gguf
 
 from peerify.checkpoint.load import load_dense
 from peerify.config.recipe import Recipe

@@ -114,9 +114,9 @@ def nothing_published(hub: Hub) -> bool:
 def driver(hub: Hub, folder: Path, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     """A process that pushes `folder` and prints whether it took a commit."""
     code = (
-        "import sys; from pathlib import Path; from peerify import publishing, transfer\n"
+        "import sys; from pathlib import Path; from peerify.publishing import push, transfer\n"
         "folder = Path(sys.argv[1])\n"
-        "print(transfer.transfer(folder, 'user/model', publishing.check_folder(folder)).new)\n"
+        "print(transfer.transfer(folder, 'user/model', push.check_folder(folder)).new)\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
