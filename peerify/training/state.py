@@ -170,7 +170,15 @@ class Checkpoints:
     def prune(self) -> None:
         """Remove checkpoints that are too many: at a start, too, where a run was killed between writing and this."""
         for old in self._complete()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            self._remove(old)
+        for begun in self.folder.glob(".step-*.gone"):
+            shutil.rmtree(begun, ignore_errors=True)
+
+    def _remove(self, entry: Path) -> None:
+        """Whole or not at all: what a kill leaves of it bears a name that no checkpoint has."""
+        gone = entry.with_name(f".{entry.name}.gone")
+        entry.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
         """All complete checkpoints, the newest last. Folders appear only when complete."""
@@ -194,7 +202,7 @@ class Checkpoints:
         if self.folder.is_dir():
             for entry in self.folder.iterdir():
                 named = NAME.fullmatch(entry.name) or entry.name == BEST
-                if (named and is_checkpoint(entry)) or re.fullmatch(r"\.(step-\d+|best)\.(tmp|old)-\d+", entry.name):
+                if (named and is_checkpoint(entry)) or re.fullmatch(r"\.(step-\d+|best)\.((tmp|old)-\d+|gone)", entry.name):
                     shutil.rmtree(entry, ignore_errors=True)
 
 

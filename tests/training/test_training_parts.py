@@ -246,6 +246,7 @@ def test_checkpoints_rotate_and_read_back(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         kept.save(state.RunState(step=step, losses=[0.1 + 0.2]), weights, optimizer)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-000010", "step-000015"]
+    (tmp_path / "run" / ".step-000005.gone").mkdir()  # a removal that was killed
     state.Checkpoints(tmp_path / "run", keep=1).prune()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000015"]
     latest = kept.latest()
