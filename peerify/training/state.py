@@ -169,16 +169,12 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Remove checkpoints that are too many: at a start, too, where a run was killed between writing and this."""
-        for old in self._complete()[: -self.keep]:
-            self._remove(old)
         for begun in self.folder.glob(".step-*.gone"):
             shutil.rmtree(begun, ignore_errors=True)
-
-    def _remove(self, entry: Path) -> None:
-        """Whole or not at all: what a kill leaves of it bears a name that no checkpoint has."""
-        gone = entry.with_name(f".{entry.name}.gone")
-        entry.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        for old in self._complete()[: -self.keep]:
+            gone = old.with_name(f".{old.name}.gone")  # so that no kill leaves half of a checkpoint under its name
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
         """All complete checkpoints, the newest last. Folders appear only when complete."""
