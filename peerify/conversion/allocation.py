@@ -1,13 +1,12 @@
 """How much to retrieve in each layer: more where errors cost more.
 
-Converting layer l at active share a costs the model about k_l (1 - a)^POWER of its loss, and losses of layers add up,
-to first order. Then, at a given total of multiply-adds, the loss is least where (1 - a_l)^(POWER - 1) is proportional
-to cost_l over k_l, cost_l being the size of the layer (Lagrange), within limits; to a given loss belongs one such
-total.
+Converting layer l at active share a_l raises the model's loss by about k_l (1 - a_l)^POWER, and these increases add up
+to first order. k_l is the layer's sensitivity, cost_l its size. By Lagrange the loss at a given total of multiply-adds
+is least where (1 - a_l)^(POWER - 1) is proportional to cost_l / k_l, within limits. A given loss determines one total.
 
-k_l is measured: with only layer l converted, in closed form, how far do the model's predictions move, on text that it
-was not fitted to? On its own text a layer looks better than it is, and by very different factors: layer 0 of
-SmolLM2-135M by 7, layer 10 by 3.
+k_l is measured: how far do the model's predictions move with only layer l converted, in closed form, on text that it
+was not fitted to? On the text that it was fitted to a layer looks better than it is, by factors that differ much: layer
+0 of SmolLM2-135M by 7, layer 10 by 3.
 """
 
 from __future__ import annotations
@@ -80,40 +79,40 @@ def sensitivities(
 
 
 def allocate(
-    k: dict[str, float], cost: dict[str, float], total: float, *, least: float = LEAST, most: float = MOST
+    sensitivity: dict[str, float], cost: dict[str, float], total: float, *, least: float = LEAST, most: float = MOST
 ) -> dict[str, float]:
-    """The active share of each layer, at `total` of all layers' multiply-adds, that makes sum k (1 - a)^POWER least.
+    """The active share a of each layer that makes the predicted loss least at `total` of all layers' multiply-adds.
 
     Args:
-        k: sensitivities.
+        sensitivity: the k_l of each layer.
         cost: multiply-adds of each dense layer.
         total: mean active share, weighted by cost.
         least: of a layer's share, where `total` allows it.
         most: of a layer's share.
     """
-    budget = total * sum(cost[path] for path in k)
+    budget = total * sum(cost[path] for path in sensitivity)
 
     def too_much(shares: dict[str, float]) -> bool:
         return sum(share * cost[path] for path, share in shares.items()) > budget
 
-    return _by_price(k, cost, too_much, min(least, total), most)[1]
+    return _by_price(sensitivity, cost, too_much, min(least, total), most)[1]
 
 
-def predicted_loss(k: dict[str, float], shares: dict[str, float]) -> float:
-    """Sum of k (1 - a)^POWER: the increase of the loss (nats per token) to first order."""
-    return sum(k[path] * (1 - share) ** POWER for path, share in shares.items())
+def predicted_loss(sensitivity: dict[str, float], shares: dict[str, float]) -> float:
+    """Sum of k_l (1 - a_l)^POWER: the increase of the loss (nats per token) to first order."""
+    return sum(sensitivity[path] * (1 - share) ** POWER for path, share in shares.items())
 
 
 def allocate_for_loss(
-    k: dict[str, float], cost: dict[str, float], loss: float, *, least: float = LEAST, most: float = MOST
+    sensitivity: dict[str, float], cost: dict[str, float], loss: float, *, least: float = LEAST, most: float = MOST
 ) -> dict[str, float]:
     """The least total of multiply-adds whose predicted loss is at most `loss` (nats per token)."""
-    cheap_enough = _by_price(k, cost, lambda shares: predicted_loss(k, shares) <= loss, least, most)
+    cheap_enough = _by_price(sensitivity, cost, lambda shares: predicted_loss(sensitivity, shares) <= loss, least, most)
     return cheap_enough[0]
 
 
 def _by_price(
-    k: dict[str, float],
+    sensitivity: dict[str, float],
     cost: dict[str, float],
     may_rise: Callable[[dict[str, float]], bool],
     least: float,
@@ -125,9 +124,12 @@ def _by_price(
     """
 
     def shares(price: float) -> dict[str, float]:
-        return {path: min(most, max(least, 1 - price * (cost[path] / k[path]) ** (1 / (POWER - 1)))) for path in k}
+        return {
+            path: min(most, max(least, 1 - price * (cost[path] / sensitivity[path]) ** (1 / (POWER - 1))))
+            for path in sensitivity
+        }
 
-    low, high = 0.0, max((k[path] / cost[path]) ** (1 / (POWER - 1)) for path in k)
+    low, high = 0.0, max((sensitivity[path] / cost[path]) ** (1 / (POWER - 1)) for path in sensitivity)
     if may_rise(shares(high)):
         return shares(high), shares(high)
     for _ in range(60):
@@ -137,7 +139,7 @@ def _by_price(
 
 
 def plan_shares(
-    k: dict[str, float],
+    sensitivity: dict[str, float],
     cost: dict[str, float],
     *,
     total: float | None,
@@ -153,18 +155,18 @@ def plan_shares(
             so that the total, or the loss, is still the one asked for.
     """
     dense: dict[str, float] = {}
-    while len(dense) < len(k):
-        rest = {path: value for path, value in k.items() if path not in dense}
+    while len(dense) < len(sensitivity):
+        rest = {path: value for path, value in sensitivity.items() if path not in dense}
         if max_loss is not None:
             shares = allocate_for_loss(rest, cost, math.log(max_loss), least=least, most=most)
         else:
             assert total is not None
-            left = total * sum(cost[path] for path in k) - sum(cost[path] for path in dense)
+            left = total * sum(cost[path] for path in sensitivity) - sum(cost[path] for path in dense)
             share = max(left / sum(cost[path] for path in rest), min(least, total))
             shares = allocate(rest, cost, share, least=least, most=most)
         largest = max(shares, key=shares.__getitem__)
         if not keep_dense or shares[largest] <= KEEP_DENSE:
-            return {path: (dense | shares)[path] for path in k}
+            return {path: (dense | shares)[path] for path in sensitivity}
         dense[largest] = 1.0  # one at a time: what it takes more may bring the others below the limit
     return dense
 

@@ -64,7 +64,7 @@ class ConversionPlan:
     fractions: dict[str, tuple[float, float]]
     """For each of `sites`: multiply-adds of experts and of router per token, over the dense layer's."""
     sensitivity: dict[str, float]
-    """k of each of `sites` (`peerify.conversion.allocation`); empty where nothing depended on it."""
+    """Sensitivity of each of `sites` (`peerify.conversion.allocation`); empty where nothing depended on it."""
 
     @property
     def active_fraction(self) -> float:
@@ -126,11 +126,11 @@ def plan_conversion(
         and not auto
         and (config.allocation == "uniform" or len(sites) == 1 or (config.active or 1.0) >= most)
     )
-    k = {} if decided and not measure else _sensitivities(model, sites, batches, config, progress)
+    sensitivity = {} if decided and not measure else _sensitivities(model, sites, batches, config, progress)
     configs = {site.path: config for site in sites}
     if not decided:
         shares = plan_shares(
-            k,
+            sensitivity,
             {site.path: float(_cost(site)) for site in sites},
             total=config.active,
             max_loss=config.max_loss,
@@ -150,7 +150,7 @@ def plan_conversion(
     layers = {site.path: _plan(model, site, configs[site.path]) for site in sites if site.path in configs}
     fractions = {site.path: (1.0, 0.0) for site in sites}
     fractions |= {path: planned_fractions(options) for path, options in layers.items()}
-    return ConversionPlan(sites=sites, configs=configs, layers=layers, fractions=fractions, sensitivity=k)
+    return ConversionPlan(sites=sites, configs=configs, layers=layers, fractions=fractions, sensitivity=sensitivity)
 
 
 @torch.no_grad()

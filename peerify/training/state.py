@@ -198,7 +198,9 @@ class Checkpoints:
         if self.folder.is_dir():
             for entry in self.folder.iterdir():
                 named = NAME.fullmatch(entry.name) or entry.name == BEST
-                if (named and is_checkpoint(entry)) or re.fullmatch(r"\.(step-\d+|best)\.((tmp|old)-\d+|gone)", entry.name):
+                if (named and is_checkpoint(entry)) or re.fullmatch(
+                    r"\.(step-\d+|best)\.((tmp|old)-\d+|gone)", entry.name
+                ):
                     shutil.rmtree(entry, ignore_errors=True)
 
 

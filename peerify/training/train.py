@@ -14,9 +14,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from peerify.checkpoint.atomic import atomic_folder
 from peerify.checkpoint.card import edited_card, write_card
 from peerify.checkpoint.files import CARD
-from peerify.checkpoint.load import DenseModel, atomic_folder, load_dense, load_for_eval
+from peerify.checkpoint.load import DenseModel, load_dense, load_for_eval
 from peerify.checkpoint.record import read_record, write_record
 from peerify.config.recipe import Recipe
 from peerify.config.train import TrainConfig
@@ -29,7 +30,7 @@ from peerify.training.checks import check_space, check_start
 from peerify.training.data import Windows
 from peerify.training.distribution import is_sharded
 from peerify.training.groups import require_peer
-from peerify.training.loop import run_stages
+from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
 
@@ -53,7 +54,6 @@ def train_checkpoint(
             is NaN or jumps; StoppedError, without a message, in the other processes of a run that was stopped.
     """
     config = recipe.training
-    target = recipe.trained_output
     folder = recipe.run_folder
     check_start(recipe, resume=resume, overwrite=overwrite)
     checkpoints = state.Checkpoints(folder, config.checkpoints.keep)
@@ -70,60 +70,18 @@ def train_checkpoint(
         tell = teller(progress if accelerator.is_main_process else None)
         _check_processes(config, accelerator)
         ours = load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code)
-        _check_model(ours, recipe)
-        teacher = _teacher(recipe, accelerator, ours, tell)
-        windows = Windows(config.data, ours.tokenizer, seed=config.seed, progress=tell)
-        check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
-        test_bt = _test_windows(config, ours, tell)
-        check_space(config, ours.model, folder)
-        # Each stage loads a model of its own; of this one only the files beside the weights are wanted from here on.
-        ours.model.to(torch.device("meta"))  # type: ignore[arg-type]
-        if accelerator.is_main_process:
-            if latest is None:
-                checkpoints.clear()
-            else:
-                checkpoints.prune()
-            folder.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
-        accelerator.init_trackers(folder.name)
-        from_step = state.read_state(latest).step if latest is not None else 0
-        log = loggers.LogFile(folder / "log.jsonl", from_step=from_step) if accelerator.is_main_process else None
-        run = Run(
-            config=config,
-            accelerator=accelerator,
-            make_model=lambda: load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code).model,
-            teacher=teacher,
-            windows=windows,
-            test_bt=test_bt,
-            checkpoints=checkpoints,
-            log=log,
-            progress=tell,
-            publish=_publisher(recipe, tell),
-            recipe=described,
-        )
-        del teacher
+        run = _prepare(recipe, accelerator, ours, checkpoints, latest, described, tell)
         try:
             outcome = run_stages(run, latest)
         finally:
-            if log is not None:
-                log.close()
+            if run.log is not None:
+                run.log.close()
         accelerator.end_training()
         if not accelerator.is_main_process:
             if outcome.signal:
                 raise StoppedError("", outcome.signal)
             return None
-        now = outcome.state
-        result = {
-            "output": None if outcome.signal else target,
-            "steps": now.step,
-            "tokens": now.step * config.batch_size * config.data.context,
-            "final_loss": now.losses[-1] if now.losses else None,
-            "perplexity": now.best_perplexity,
-            "best_step": now.best_step if config.evaluation.keep_best else None,
-            "stopped": outcome.signal > 0,
-            "signal": outcome.signal,
-            "checkpoints": str(folder),
-        }
+        result = _result(recipe, outcome)
         if not outcome.signal:
             assert outcome.checkpoint is not None
             tell("Writing", 0, 1)
@@ -134,6 +92,65 @@ def train_checkpoint(
         return result
     finally:
         AcceleratorState._reset_state(reset_partial_state=not _launched())
+
+
+def _prepare(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    ours: DenseModel,
+    checkpoints: state.Checkpoints,
+    latest: Path | None,
+    described: dict[str, Any],
+    tell: Progress,
+) -> Run:
+    """What the run needs: the teacher, texts, the folder of checkpoints and the log. Keeps no weights of `ours`."""
+    config, folder = recipe.training, checkpoints.folder
+    _check_model(ours, recipe)
+    teacher = _teacher(recipe, accelerator, ours, tell)
+    windows = Windows(config.data, ours.tokenizer, seed=config.seed, progress=tell)
+    check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
+    test_bt = _test_windows(config, ours, tell)
+    check_space(config, ours.model, folder)
+    # Each stage loads a model of its own; of this one only the files beside the weights are wanted from here on.
+    ours.model.to(torch.device("meta"))  # type: ignore[arg-type]
+    if accelerator.is_main_process:
+        if latest is None:
+            checkpoints.clear()
+        else:
+            checkpoints.prune()
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(folder.name)
+    from_step = state.read_state(latest).step if latest is not None else 0
+    log = loggers.LogFile(folder / "log.jsonl", from_step=from_step) if accelerator.is_main_process else None
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        make_model=lambda: load_for_eval(recipe.output, trust_remote_code=recipe.trust_remote_code).model,
+        teacher=teacher,
+        windows=windows,
+        test_bt=test_bt,
+        checkpoints=checkpoints,
+        log=log,
+        progress=tell,
+        publish=_publisher(recipe, tell),
+        recipe=described,
+    )
+
+
+def _result(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+    config, now = recipe.training, outcome.state
+    return {
+        "output": None if outcome.signal else recipe.trained_output,
+        "steps": now.step,
+        "tokens": now.step * config.batch_size * config.data.context,
+        "final_loss": now.losses[-1] if now.losses else None,
+        "perplexity": now.best_perplexity,
+        "best_step": now.best_step if config.evaluation.keep_best else None,
+        "stopped": outcome.signal > 0,
+        "signal": outcome.signal,
+        "checkpoints": str(recipe.run_folder),
+    }
 
 
 def _unrolled(described: dict[str, Any]) -> dict[str, Any]:
