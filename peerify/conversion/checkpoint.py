@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 
 import peerify
+from peerify.checkpoint.atomic import atomic_folder
 from peerify.checkpoint.card import edited_card, write_card
 from peerify.checkpoint.files import CARD
-from peerify.checkpoint.load import DenseModel, atomic_folder, load_dense
+from peerify.checkpoint.load import DenseModel, load_dense
 from peerify.checkpoint.provenance import provenance
 from peerify.checkpoint.record import Record, Seen, read_record, write_record
 from peerify.config.peer import PeerConfig

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from peerify.checkpoint import atomic as output
-from peerify.checkpoint.load import atomic_folder
+from peerify.checkpoint.atomic import atomic_folder
 from peerify.errors import OutputError
 
 WRITER = """
