@@ -145,7 +145,7 @@ def _load(
 ) -> DenseModel:
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    target = _device(device)
+    target = usable_device(device)
     _require_transformers()
     found = open_source(source, revision=revision, code=trust_remote_code)
     if not converted_too:
@@ -193,7 +193,8 @@ def _require_objects(folder: Path, names: tuple[str, ...]) -> None:
             read_object(folder / name, CheckpointError)
 
 
-def _device(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
+    """The device of that name. Raises UsageError where this machine has none."""
     try:
         target = torch.device(device)
         if target.type == "meta":

@@ -8,6 +8,7 @@ from typing import Any
 
 from peerify.checkpoint.atomic import check_target
 from peerify.checkpoint.files import MARKER
+from peerify.checkpoint.load import usable_device
 from peerify.checkpoint.record import read_record
 from peerify.config.recipe import Recipe
 from peerify.config.train import TrainConfig
@@ -15,6 +16,7 @@ from peerify.data import check_source
 from peerify.errors import CheckpointError, DataError, OutputError, UsageError
 from peerify.reading import local_path
 from peerify.training import loggers, state
+from peerify.training.optimizers import require_package
 
 
 def check_training(recipe: Recipe) -> None:
@@ -50,6 +52,9 @@ def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """`check_training`, and that no earlier run or result is lost and that there is one to go on with."""
     target, checkpoints = recipe.trained_output, state.Checkpoints(recipe.run_folder, 1)
     check_training(recipe)
+    usable_device(recipe.device)  # a dry run may be for another machine
+    for stage in recipe.training.stages:
+        require_package(stage.optimizer)
     latest = checkpoints.latest()
     if Path(target).expanduser().exists() and not overwrite:
         raise OutputError(f"{target} exists; set train.output to another place, or pass --overwrite to replace it")

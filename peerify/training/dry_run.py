@@ -12,6 +12,7 @@ from peerify.checkpoint.load import load_skeleton
 from peerify.config.recipe import Recipe
 from peerify.config.train import StageConfig, TrainConfig
 from peerify.conversion.sizing import plan_layer
+from peerify.data import check_windows
 from peerify.discovery.sites import find_feedforwards, select_sites
 from peerify.errors import ConversionError
 from peerify.modeling.peer_layer import PEER
@@ -42,6 +43,7 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     tell("Planning", 0, 1)
     model, dense_parameters = _converted_skeleton(recipe)
     check_space(config, model, recipe.run_folder)
+    check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), model)
     parameters = _count(model)
     stages, steps = [], config.steps_of_stages()
     for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from peerify.config.train import OptimizerConfig, StageConfig
 from peerify.errors import UsageError
 from peerify.training.groups import DECAYED
+
+
+def require_package(config: OptimizerConfig) -> None:
+    """Raise UsageError where the package of this optimizer is not installed."""
+    if config.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "optimizer.name adamw8bit needs bitsandbytes: pip install 'peerify[bitsandbytes]', or take adafactor"
+        )
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -24,12 +33,9 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> to
 
         return Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False)
     if config.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UsageError(
-                "optimizer.name adamw8bit needs bitsandbytes: pip install 'peerify[bitsandbytes]', or take adafactor"
-            ) from None
+        require_package(config)
+        from bitsandbytes.optim import AdamW8bit
+
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=config.betas)
         return optimizer
     if config.name == "galore":

@@ -208,7 +208,7 @@ def test_rates_rise_and_fall() -> None:
 
 
 def test_8_bit_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"adamw8bit needs bitsandbytes: pip install 'peerify\[bitsandbytes\]'"):
         optimizers.build_optimizer(OptimizerConfig(name="adamw8bit"), [])
 
