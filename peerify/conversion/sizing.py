@@ -47,23 +47,12 @@ def plan_layer(
     Raises:
         ConversionError: `config` asks for something that this layer has no room for.
     """
-    if min(d_model, d_ff) < 1:
-        raise ConversionError(f"{path}: a layer of {d_model}×{d_ff} has no neurons to convert")
     config = config.expanded()
     vectors = 3 if gated else 2
     num_experts = config.num_experts or d_ff
     num_shared = config.num_shared or 0
     routed = num_experts - num_shared
-    if routed < 1:
-        raise ConversionError(
-            f"{path}: num_shared {num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
-        )
-    taken, there = 4 * vectors * num_experts * d_model, psutil.virtual_memory().total
-    if num_experts > d_ff and taken > there:
-        raise ConversionError(
-            f"{path}: {num_experts:,} experts of width {d_model} take {taken / 1e9:,.0f} GB, and this machine has "
-            f"{there / 1e9:,.0f} GB: lower num_experts"
-        )
+    _require_room(path, d_model, d_ff, num_experts, num_shared, vectors)
     gates = config.gates or "unit"
     share_pool = bool(config.share_pool)
     joint_topk = not share_pool if config.joint_topk is None else config.joint_topk
@@ -71,22 +60,8 @@ def plan_layer(
     if rerank == "gate" and not gated:
         raise ConversionError(f"{path}: rerank 'gate' needs gated experts, and these are plain: use up or auto")
 
-    # The compute asked for, in multiply-adds per d_model: one projection of one expert is 1.
-    compute = None
-    if config.active is not None:
-        compute = config.active * vectors * d_ff - vectors * num_shared
-        if compute < vectors:
-            least = (num_shared + 1) / d_ff
-            also = " or lower num_shared" if num_shared else ""
-            raise ConversionError(
-                f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
-                f"there can be: raise active to at least {least:.2g}{also}"
-            )
-    else:
-        shortlisted = config.shortlist or config.topk or 0
-        per_head = (config.candidates or 0) + shortlisted * (vectors - 2) + (config.topk or 0) or 1
-        compute_guess = (config.num_heads or 8) * per_head
-    key_budget = ROUTER_SHARE * (compute if compute is not None else compute_guess)
+    compute = _compute(config, path, d_ff, num_shared, vectors)
+    key_budget = ROUTER_SHARE * (_compute_of_counts(config, vectors) if compute is None else compute)
     rank = int(key_budget * d_model / (d_model + routed + 1))
     given = (config.num_heads, config.grid, config.query_dim, config.query_norm)
     low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
@@ -146,6 +121,47 @@ def plan_layer(
         "rerank": rerank,
         "d_ff": d_ff,
     }
+
+
+def _require_room(path: str, d_model: int, d_ff: int, num_experts: int, num_shared: int, vectors: int) -> None:
+    """Raise ConversionError for a layer without neurons, nothing left to retrieve, or more experts than memory."""
+    if min(d_model, d_ff) < 1:
+        raise ConversionError(f"{path}: a layer of {d_model}×{d_ff} has no neurons to convert")
+    if num_experts - num_shared < 1:
+        raise ConversionError(
+            f"{path}: num_shared {num_shared} leaves nothing to retrieve of {num_experts} experts: lower it"
+        )
+    taken, there = 4 * vectors * num_experts * d_model, psutil.virtual_memory().total
+    if num_experts > d_ff and taken > there:
+        raise ConversionError(
+            f"{path}: {num_experts:,} experts of width {d_model} take {taken / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f} GB: lower num_experts"
+        )
+
+
+def _compute(config: PeerConfig, path: str, d_ff: int, num_shared: int, vectors: int) -> float | None:
+    """What `active` leaves for routed experts, in multiply-adds per d_model: one projection of one expert is 1.
+
+    None where numbers of experts are given instead. Raises ConversionError where it is less than one expert.
+    """
+    if config.active is None:
+        return None
+    compute = config.active * vectors * d_ff - vectors * num_shared
+    if compute < vectors:
+        least = (num_shared + 1) / d_ff
+        also = " or lower num_shared" if num_shared else ""
+        raise ConversionError(
+            f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
+            f"there can be: raise active to at least {least:.2g}{also}"
+        )
+    return compute
+
+
+def _compute_of_counts(config: PeerConfig, vectors: int) -> int:
+    """Likewise, of the numbers of candidates, shortlisted and kept experts that `config` gives."""
+    shortlisted = config.shortlist or config.topk or 0
+    per_head = (config.candidates or 0) + shortlisted * (vectors - 2) + (config.topk or 0) or 1
+    return (config.num_heads or 8) * per_head
 
 
 def splits(config: PeerConfig, plan: dict[str, Any]) -> list[list[tuple[int, int, int]]]:
