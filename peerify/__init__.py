@@ -21,6 +21,7 @@ _EXPORTS = {
     "PeerifyError": "peerify.errors",
     "Recipe": "peerify.config.recipe",
     "convert": "peerify.conversion.model",
+    "densify": "peerify.conversion.densify",
     "evaluate": "peerify.evaluation",
     "load_dense": "peerify.checkpoint.load",
     "load_for_eval": "peerify.checkpoint.load",

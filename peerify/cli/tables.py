@@ -98,6 +98,13 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
         _print_model(console, result["output"])
 
 
+def print_densified(result: Mapping[str, Any]) -> None:
+    """What was written."""
+    console = _console()
+    console.print(f"{len(result['layers'])} layers are dense again: a {result['architecture']}")
+    console.print(f"model: {result['output']}")
+
+
 def print_plan(result: Mapping[str, Any]) -> None:
     """One row per layer that could be converted, then what all of it would come to."""
     console = _console()

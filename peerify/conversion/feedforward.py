@@ -98,6 +98,37 @@ def read_feedforward(model: nn.Module, site: Site) -> FeedForward:
     )
 
 
+@torch.no_grad()
+def write_feedforward(
+    model: nn.Module,
+    site: Site,
+    u_fd: Tensor,
+    gate_fd: Tensor | None,
+    v_fd: Tensor,
+    u_bias_f: Tensor | None,
+    gate_bias_f: Tensor | None,
+    bias_d: Tensor | None,
+    *,
+    learned: nn.Module | None,
+) -> None:
+    """The reverse of `read_feedforward`, in place, for weights of the same sizes."""
+    inner, outer = 1 / site.inner_scale, 1 / site.outer_scale
+    parts: list[tuple[Projection, int, float, Tensor, Tensor | None]] = [
+        (site.up, site.d_ff, inner if gate_fd is None else 1.0, u_fd, u_bias_f),
+        (Projection(path=site.down), site.d_model, outer, v_fd.T, bias_d),
+    ]
+    if gate_fd is not None:
+        assert site.gate is not None
+        parts.append((site.gate, site.d_ff, inner, gate_fd, gate_bias_f))
+    for part, count, scale, weight, bias in parts:
+        rows, bias_rows = _rows(model, part, count)
+        rows.copy_(_times(scale, weight, None)[0])
+        if bias_rows is not None and bias is not None:
+            bias_rows.copy_(_times(scale, bias, None)[0])
+    if learned is not None:
+        model.get_submodule(site.learned).load_state_dict(learned.state_dict())
+
+
 def replace(model: nn.Module, site: Site, module: nn.Module) -> None:
     """Put `module` in place of the layer at `site`, under every name that the layer has in `model`."""
     _put(model, site, module)
