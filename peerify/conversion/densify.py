@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peerify.checkpoint.atomic import atomic_folder
-from peerify.checkpoint.load import load_for_eval
+from peerify.checkpoint.load import load_for_eval, load_skeleton
 from peerify.conversion.feedforward import write_feedforward
 from peerify.discovery.sites import Site, find_feedforwards
 from peerify.errors import ConversionError
@@ -37,6 +37,7 @@ def densify_checkpoint(
     """
     tell = teller(progress)
     with atomic_folder(output, inputs=[folder]) as temporary:
+        _require_peer(load_skeleton(folder, converted_too=True))  # before any weight is read
         tell(f"Loading {folder}", 0, 1)
         converted = load_for_eval(folder, dtype="auto")
         tell(f"Loading {folder}", 1, 1)
@@ -58,10 +59,8 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConversionError: it is no converted model, or one of its layers is no dense layer with every expert kept.
     """
-    layers = peer_layers(model)
-    if not layers or not hasattr(model.config, "peer"):
-        raise ConversionError(f"{type(model).__name__} has no PEER layer: it is dense already")
-    dense = _dense_model(model)
+    _require_peer(model)
+    layers, dense = peer_layers(model), _dense_model(model)
     sites = {site.path: site for site in find_feedforwards(dense)}
     for path, layer in layers.items():
         if path not in sites:
@@ -77,6 +76,11 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
             learned=pool.act if site.learned else None,
         )  # fmt: skip
     return dense
+
+
+def _require_peer(model: PreTrainedModel) -> None:
+    if not peer_layers(model) or not hasattr(model.config, "peer"):
+        raise ConversionError(f"{type(model).__name__} has no PEER layer: it is dense already")
 
 
 def _dense_model(model: PreTrainedModel) -> PreTrainedModel:

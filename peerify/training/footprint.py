@@ -36,8 +36,8 @@ def memory_of(
     half = 2 if config.precision != "no" else 4
     tokens = (config.micro_batch_size or config.batch_size) * config.data.context
     text = model.config.get_text_config()
-    blocks = [_block_numbers(model, stage), text.num_hidden_layers * NORM_NUMBERS * text.hidden_size]
-    bytes_per_token = half * blocks[0] + 4 * blocks[1]
+    norms = text.num_hidden_layers * NORM_NUMBERS * text.hidden_size
+    bytes_per_token = half * _layer_numbers(model, stage) + 4 * norms
     if config.gradient_checkpointing:  # one block's, and what goes into each
         bytes_per_token = bytes_per_token // max(1, text.num_hidden_layers) + half * (
             text.num_hidden_layers * text.hidden_size
@@ -63,7 +63,7 @@ def memory_of(
     return memory | {"total": sum(memory.values())}
 
 
-def _block_numbers(model: Any, stage: StageConfig) -> int:
+def _layer_numbers(model: Any, stage: StageConfig) -> int:
     """Numbers that the linear and PEER layers keep for a token's backward pass."""
     total = 0
     head = model.get_output_embeddings()

@@ -27,6 +27,8 @@ from peerify.reading import printable, read_object, reason, shown
 
 NAME = re.compile(r"step-(\d{6,})")
 BEST = "best"
+_UNFINISHED = re.compile(r"\.(step-\d+|best)\.(tmp|old)-\d+")
+_GONE = re.compile(r"\.(step-\d+|best)\.gone")
 # Keys of `train` that a run may change on the way: they do not change what is computed.
 FREE = {
     *("output", "loggers", "log_every", "checkpoints", "evaluation", "spike"),
@@ -169,12 +171,17 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Remove checkpoints that are too many: at a start, too, where a run was killed between writing and this."""
-        for begun in self.folder.glob(".step-*.gone"):
-            shutil.rmtree(begun, ignore_errors=True)
+        for entry in sorted(self.folder.iterdir()):
+            if _GONE.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
         for old in self._complete()[: -self.keep]:
-            gone = old.with_name(f".{old.name}.gone")  # so that no kill leaves half of a checkpoint under its name
-            old.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Whole or not at all: what a kill leaves of it bears a name that is cleared at the next start."""
+        gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+        checkpoint.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
         """All complete checkpoints, the newest last. Folders appear only when complete."""
@@ -195,13 +202,12 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove what a run wrote: checkpoints, the best, and unfinished ones. What others put there stays."""
-        if self.folder.is_dir():
-            for entry in self.folder.iterdir():
-                named = NAME.fullmatch(entry.name) or entry.name == BEST
-                if (named and is_checkpoint(entry)) or re.fullmatch(
-                    r"\.(step-\d+|best)\.((tmp|old)-\d+|gone)", entry.name
-                ):
-                    shutil.rmtree(entry, ignore_errors=True)
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        for entry in entries:  # hidden ones come first
+            if _GONE.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif (NAME.fullmatch(entry.name) or entry.name == BEST) and is_checkpoint(entry):
+                self._remove(entry)
 
 
 def read_state(folder: Path) -> RunState:

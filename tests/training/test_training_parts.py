@@ -237,6 +237,29 @@ def test_stages_share_the_steps(tokens: int, batch: int, shares: list[float]) ->
         )
 
 
+@pytest.mark.parametrize("act", ["prune", "clear"])
+def test_a_removal_that_is_killed_leaves_no_half_checkpoint(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = state.Checkpoints(tmp_path / "run", keep=3)
+    for step in (5, 10):
+        kept.save(state.RunState(step=step), state.weights_of(blocks_model()), None)
+    (tmp_path / "run" / ".mine.gone").mkdir()
+
+    def killed(folder: Path, **_: object) -> None:
+        (folder / "peerify.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(state.Checkpoints(tmp_path / "run", keep=1), act)()
+    assert not (tmp_path / "run" / "step-000005").exists()
+    getattr(state.Checkpoints(tmp_path / "run", keep=1), act)()
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == [".mine.gone", *(["step-000010"] if act == "prune" else [])]
+
+
 def test_checkpoints_rotate_and_read_back(tmp_path: Path) -> None:
     model = blocks_model()
     weights = state.weights_of(model)
