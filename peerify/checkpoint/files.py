@@ -6,6 +6,7 @@ So only regular files count, and links to regular files of the same folder. Need
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import re
@@ -32,7 +33,10 @@ MODEL_FILES = ("*.json", "*.safetensors", CARD, *PROCESSOR_FILES)
 # The code beside the weights of a converted model: what its auto_map names, and all that this imports.
 ENTRY = "modeling_peer.py"
 CODE_FOLDER = Path(__file__).parents[1] / "modeling"
-CODE = (ENTRY, *sorted(path.name for path in CODE_FOLDER.glob("peer_*.py")))
+# Named there, since it must know them without peerify; read and not imported, since importing it takes seconds.
+CODE: tuple[str, ...] = ast.literal_eval(
+    (CODE_FOLDER / ENTRY).read_text(encoding="utf-8").partition("\nFILES = ")[2].partition("\n")[0]
+)
 # What peerify writes beside the files that it copies from the source model, which peerify.json lists.
 _WRITTEN = {
     *("config.json", "generation_config.json", *CODE, MARKER, CARD),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peerify.checkpoint.load import load_dense
 from peerify.errors import CheckpointError
@@ -17,19 +18,14 @@ WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(29))]
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
+    """A random model for the vocabulary of WORDS."""
+    model: LlamaForCausalLM = tiny_model(
+        vocab_size=len(WORDS), num_hidden_layers=2, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2
     )
-    return LlamaForCausalLM(config)
+    return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
@@ -40,7 +36,7 @@ def dense(tmp_path: Path) -> Path:
     """A small model in two shards, with tokenizer, as save_pretrained leaves it."""
     folder = tmp_path / "dense"
     tiny_llama().save_pretrained(folder, max_shard_size="8KB")
-    tiny_tokenizer().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     assert len(shards(folder)) > 1
     return folder
 
