@@ -24,14 +24,14 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROMPT = "In Python, a dictionary is"
 NEW_TOKENS = 40
-TEST_TOKENS = 8192
+TEST_TOKENS = 4096  # at each budget
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="a Hub id, a folder or a .gguf file instead of SmolLM2-135M")
     parser.add_argument("--text", type=Path, help="a .txt file instead of Python's documentation")
-    parser.add_argument("--active", default="0.5", help="share of the dense compute per token (0.5)")
+    parser.add_argument("--active", default="0.5", help="share of the dense layers' bytes per token (0.5)")
     options = parser.parse_args()
 
     os.chdir(Path(__file__).resolve().parent.parent)
@@ -44,13 +44,17 @@ def main() -> None:
 
     say("What can be converted? Only the header is read.")
     peerify("inspect", model)
-    say(f"Convert, training-free: every neuron an expert, {options.active} of the compute per token.")
+    say(f"Convert, training-free: every neuron an expert, {options.active} of the bytes for each token.")
     # The same share in every layer: measuring which ones need more would take minutes, and change nothing to see here.
     flags = ["--active", options.active, "--allocation", "uniform", "--overwrite"]
-    flags += ["--calibration", str(calibration), "--calibration-tokens", "8192"]  # half the default: half the time
+    flags += ["--calibration", str(calibration), "--calibration-tokens", "8192"]  # as much as is used
     peerify("convert", model, str(out), *flags)
-    say("Perplexity on text it has not seen, against the dense model, and how the experts are used.")
-    peerify("eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS))
+    say("One checkpoint, several budgets: perplexity on text it has not seen, against the dense model.")
+    budgets = ",".join(dict.fromkeys([options.active, "0.25", "0.125", "1"]))
+    peerify(
+        *("eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS)),
+        *("--active", budgets),
+    )
     say("The same prompt, continued greedily by both.")
     continue_both(model, out)
     say(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. The converted model lies in {out}")
@@ -63,12 +67,13 @@ Load it like any other model, also where peerify is not installed:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("{out}")
+    model.set_active(0.25)      # another budget
 
-Try next (more text, and more retrieved in layers where errors cost more; --plan shows what each gets):
+Try next (budgets by sensitivity: more for layers where errors cost more; --plan shows what each gets):
 
-    .venv/bin/peerify inspect {model} --plan --max-loss 1.1 --calibration .demo/calibration.txt
-    .venv/bin/peerify convert {model} .demo/peer-75 --active 0.75 --calibration .demo/calibration.txt
-    .venv/bin/peerify eval .demo/peer-75 --against {model} --data {test} --max-tokens 8192
+    .venv/bin/peerify inspect {model} --plan --max-loss 1.05 --calibration .demo/calibration.txt
+    .venv/bin/peerify convert {model} .demo/peer --calibration .demo/calibration.txt
+    .venv/bin/peerify eval .demo/peer --against {model} --data {test} --max-tokens 8192 --active 0.5,0.25
     make demo MODEL=user/name TEXT=your.txt"""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peerify.data import check_windows
-from peerify.errors import CheckpointError, DataError
+from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 
@@ -48,14 +48,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of `model`, its distance from the dense model `against`, and what its experts do.
 
-    Both models see each batch in turn, so that no more than one batch of logits is ever held.
+    Both models see each batch in turn, so that no more than one batch of logits is ever held. A model with
+    budgets keeps to its own for every token.
 
     Returns:
         ``{"perplexity", "tokens", "against", "layers"}``. tokens counts what was read. against is None or
-        ``{"perplexity", "ratio", "kl"}``, kl the mean KL(dense || model) per predicted token in nats. Each
-        PEER layer has ``{"path", "num_experts", "active", "usage", "kl_uniform"}``: active is its share of
-        the dense layer's compute, usage the share of experts evaluated at least once, kl_uniform the KL from
-        uniform of how often each was (PEER paper, table 2).
+        ``{"perplexity", "ratio", "kl", "agreement"}``, kl the mean KL(dense || model) per predicted token in nats,
+        agreement the share of them for which both models find the same token most likely. Each
+        PEER layer has ``{"path", "num_experts", "bytes_fraction", "macs_fraction", "usage", "kl_uniform"}``: the
+        fractions are what a token took of the dense layer's bytes (in bfloat16) and multiply-adds, everything counted;
+        usage is the share of experts evaluated at least once, kl_uniform the KL from uniform of how often each was
+        (PEER paper, table 2).
 
     Raises:
         CheckpointError, UsageError: see `perplexity`; also where the two vocabularies differ.
@@ -65,11 +68,11 @@ def evaluate(
     for each in models:
         _check(each, windows_bt)
     loss_m = [0.0] * len(models)
-    kl = 0.0
+    kl, agreed = 0.0, 0
     done, total = 0, windows_bt.shape[0]
     tell = teller(progress)
     tell(STAGE, done, total)
-    with _count_retrievals(model) as counts:
+    with _counting(model) as used, prefill(model, everything=False):
         for batch_bt in windows_bt.split(batch_size):
             logits = [each(input_ids=batch_bt.to(_device(each)), use_cache=False).logits for each in models]
             if len({tensor.shape[-1] for tensor in logits}) > 1:
@@ -89,6 +92,7 @@ def evaluate(
                     ours, dense = logp_m[0].to(logp_m[1].device), logp_m[1]
                     pointwise = nn.functional.kl_div(ours, dense, reduction="sum", log_target=True)
                     kl += pointwise.item()
+                    agreed += int((ours.argmax(-1) == dense.argmax(-1)).sum())
             del logits, predicted
             done += batch_bt.shape[0]
             tell(STAGE, done, total)
@@ -103,8 +107,9 @@ def evaluate(
             "perplexity": perplexity_m[1],
             "ratio": perplexity_m[0] / perplexity_m[1],
             "kl": kl / predictions,
+            "agreement": agreed / predictions,
         },
-        "layers": [_usage(path, module, counts[path]) for path, module in peer_layers(model).items()],
+        "layers": [_usage(path, module, used[path]) for path, module in peer_layers(model).items()],
     }
 
 
@@ -112,6 +117,7 @@ def evaluate_checkpoint(
     source: str,
     *,
     data: str,
+    active: Sequence[float] = (),
     against: str | None = None,
     context: int = 512,
     max_tokens: int | None = None,
@@ -126,7 +132,14 @@ def evaluate_checkpoint(
 
     Returns:
         The dict of `evaluate` with ``"model"`` in it, and in ``"against"`` where there is one; ``"data"`` (a file by
-        its name only) and ``"context"``.
+        its name only) and ``"context"``; of a model with budgets also ``"budgets": [{"active", "bytes_fraction",
+        "macs_fraction", "perplexity", "ratio", "kl", "agreement", "after_prefill"}]``, each at a budget for every
+        token, what is asked for first, which the rest of the dict is about. ratio, kl and agreement are None without
+        `against`; after_prefill is the perplexity of the second half of each window at the budget, the first half
+        being read with everything on, over the dense model's of that half.
+
+    Args:
+        active: budgets, as shares of the dense layers' bytes; none: the model's own.
 
     Raises:
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
@@ -147,18 +160,89 @@ def evaluate_checkpoint(
     # What can be refused without reading gigabytes is refused first.
     ours = load(source, revision)
     _check(ours.model, torch.zeros(1, 1).expand(1, context))
+    own = _budgets_of(ours.model, active)
     windows_bt = load_windows([data], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
     dense = load(against, None) if against is not None else None
-    result = evaluate(
-        ours.model,
-        windows_bt,
-        against=dense.model if dense is not None else None,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    result, rows = None, []
+    for share in active or own or [1.0]:
+        if own:
+            ours.model.set_active(share)
+        measured = evaluate(
+            ours.model,
+            windows_bt,
+            against=dense.model if dense is not None else None,
+            batch_size=batch_size,
+            progress=progress if len(active) < 2 else _labelled(progress, f"{share:.4g} active"),
+        )
+        result = result or measured
+        if own:
+            rows.append(_budget(share, measured) | {"after_prefill": _after_prefill(ours.model, dense, windows_bt)})
+    assert result is not None
+    if own:
+        result["budgets"] = rows
     if result["against"] is not None:
         result["against"] = {"model": against, **result["against"]}
     return {"model": source, "data": public_name(data), "context": context, **result}
+
+
+def _budgets_of(model: Any, active: Sequence[float]) -> list[float]:
+    """The budget that the model has, or none where it has no choice; UsageError where `active` cannot be had."""
+    layers = [layer for layer in peer_layers(model).values() if getattr(layer, "budgets", None)]
+    if not layers:
+        if active:
+            raise UsageError("--active is for models that were converted with copies as keys: this one has no budgets")
+        return []
+    least = max(layer.budgets[0].active for layer in layers)
+    for share in active:
+        if not least <= share <= 1:
+            raise UsageError(f"--active {share:g}: give shares of {least:g} to 1, by commas")
+    return [float(model.config.peer_active)]
+
+
+def _budget(active: float, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of "budgets"."""
+    layers, against = measured["layers"], measured["against"] or {}
+    mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("bytes_fraction", "macs_fraction")}
+    compared = {key: against.get(key) for key in ("ratio", "kl", "agreement")}
+    return {"active": active, **mean, "perplexity": measured["perplexity"], **compared}
+
+
+@torch.inference_mode()
+def _after_prefill(model: Any, dense: Any, windows_bt: torch.Tensor) -> float | None:
+    """See `evaluate_checkpoint`; None without a dense model, or where a model keeps no cache of what it has read."""
+    half = windows_bt.shape[1] // 2
+    if dense is None or half < 2:
+        return None
+    loss = [0.0, 0.0]
+    for row in windows_bt.split(1):
+        for i, each in enumerate((model, dense.model)):
+            ids = row.to(_device(each))
+            with prefill(each, everything=True):
+                past = each(input_ids=ids[:, :half], use_cache=True).past_key_values
+            if past is None:
+                return None
+            with prefill(each, everything=False):
+                logits = each(input_ids=ids[:, half:-1], past_key_values=past, use_cache=True).logits[0]
+            loss[i] += float(nn.functional.cross_entropy(logits.float(), ids[0, half + 1 :], reduction="sum"))
+    return math.exp((loss[0] - loss[1]) / (len(windows_bt) * (windows_bt.shape[1] - half - 1)))
+
+
+@contextmanager
+def prefill(model: nn.Module, *, everything: bool) -> Iterator[None]:
+    """While open, layers with budgets evaluate everything of many tokens at once, or keep to their budget."""
+    layers = [layer for layer in peer_layers(model).values() if hasattr(layer, "prefill_all")]
+    before = [layer.prefill_all for layer in layers]
+    for layer in layers:
+        layer.prefill_all = everything
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.prefill_all = was
+
+
+def _labelled(progress: Progress | None, label: str) -> Progress | None:
+    return progress and (lambda stage, done, total: progress(f"{stage}, {label}", done, total))
 
 
 def _check(model: Any, windows_bt: torch.Tensor) -> None:
@@ -185,33 +269,53 @@ def _perplexity(mean_loss: float, model: nn.Module) -> float:
     return math.exp(min(mean_loss, 700.0))  # e^709 is the largest double
 
 
+class _Used:
+    """What the tokens seen so far used of a layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self.count_n = torch.zeros(layer.num_experts, dtype=torch.float64)
+        self.tokens, self.bytes, self.macs = 0, 0.0, 0.0
+
+    def add(self, mask_tn: torch.Tensor, read: float, done: float) -> None:
+        tokens = len(mask_tn)
+        self.count_n += mask_tn.sum(dim=0).cpu()
+        self.tokens += tokens
+        self.bytes, self.macs = self.bytes + read * tokens, self.macs + done * tokens
+
+
 @contextmanager
-def _count_retrievals(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, every forward adds to {path: how often each expert was retrieved (n, float64)}."""
-    counts: dict[str, torch.Tensor] = {}
-    hooks = []
+def _counting(model: nn.Module) -> Iterator[dict[str, _Used]]:
+    """While open, every forward adds to {path: what was used of the layer}."""
+    used: dict[str, _Used] = {}
+    hooks, watched = [], []
     for path, layer in peer_layers(model).items():
-        counts[path] = torch.zeros(layer.num_experts, dtype=torch.float64)
+        used[path] = _Used(layer)
+        if getattr(layer, "budget", None) is not None and layer.budget.price > 0:  # says itself what it chooses, once
+            layer.watch(used[path].add)
+            watched.append(layer)
+            continue
 
         def count(module: Any, args: tuple[torch.Tensor, ...], path: str = path) -> None:
-            mask_tn = module.active_experts(args[0].flatten(0, -2))
-            counts[path] += mask_tn.sum(dim=0).cpu()
+            used[path].add(*module.usage(args[0].flatten(0, -2)))
 
         hooks.append(layer.register_forward_pre_hook(count))
     try:
-        yield counts
+        yield used
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in watched:
+            layer.watch(None)
 
 
-def _usage(path: str, layer: Any, counts_n: torch.Tensor) -> dict[str, Any]:
-    share_n = counts_n / counts_n.sum().clamp_min(1)
+def _usage(path: str, layer: Any, used: _Used) -> dict[str, Any]:
+    share_n = used.count_n / used.count_n.sum().clamp_min(1)
     entropy = torch.special.entr(share_n).sum().item()
     return {
         "path": path,
         "num_experts": int(layer.num_experts),
-        "active": float(layer.active_fraction),
-        "usage": (counts_n > 0).double().mean().item(),
-        "kl_uniform": max(0.0, math.log(len(counts_n)) - entropy),
+        "bytes_fraction": used.bytes / max(1, used.tokens),
+        "macs_fraction": used.macs / max(1, used.tokens),
+        "usage": (used.count_n > 0).double().mean().item(),
+        "kl_uniform": max(0.0, math.log(len(share_n)) - entropy),
     }

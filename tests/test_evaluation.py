@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, tiny_model
+from checkpoints import VOCABULARY, random_text, tiny_model, tiny_tokenizer
 from torch import nn
 
+from peerify.checkpoint.load import load_for_eval
+from peerify.config.peer import PeerConfig
+from peerify.conversion.model import convert
+from peerify.data import load_windows
 from peerify.errors import CheckpointError, DataError, UsageError
-from peerify.evaluation import evaluate, perplexity
+from peerify.evaluation import evaluate, evaluate_checkpoint, perplexity
 from peerify.modeling.peer_layer import PEER
 
 
@@ -57,12 +63,15 @@ def test_the_batch_size_and_the_softmax_chunks_change_nothing(monkeypatch: pytes
 def test_kl_is_from_dense_to_model() -> None:
     model, dense = tiny_model(), tiny_model()
     windows = random_windows(3, 9)
-    divergences = []
+    divergences, agreed = [], 0
     for window in windows:
         pairs = zip(naive_log_probabilities(dense, window), naive_log_probabilities(model, window), strict=True)
-        divergences += [(p.exp() * (p - q)).sum().item() for p, q in pairs]
+        for p, q in pairs:
+            divergences.append((p.exp() * (p - q)).sum().item())
+            agreed += int(p.argmax() == q.argmax())
     against = evaluate(model, windows, against=dense, batch_size=2)["against"]
     assert against["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    assert against["agreement"] == pytest.approx(agreed / len(divergences))
     assert against["perplexity"] == pytest.approx(naive_perplexity(dense, windows), rel=1e-5)
     assert against["ratio"] == pytest.approx(perplexity(model, windows) / perplexity(dense, windows))
 
@@ -72,6 +81,7 @@ def test_a_model_does_not_differ_from_itself() -> None:
     result = evaluate(model, random_windows(2, 8), against=model)
     assert result["against"]["kl"] == pytest.approx(0, abs=1e-9)
     assert result["against"]["ratio"] == 1
+    assert result["against"]["agreement"] == 1
     assert result["layers"] == []
     assert result["tokens"] == 16
 
@@ -83,9 +93,8 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
 
 
 class Retrieving(nn.Module):
-    """Stands where a feed-forward was: each token retrieves the experts whose projection is positive."""
-
-    active_fraction = 0.25
+    """Stands where a feed-forward was: each token retrieves the experts whose projection is positive, and spends their
+    share of the bytes and half of it of the multiply-adds."""
 
     def __init__(self, d_model: int, num_experts: int, never: int) -> None:
         super().__init__()
@@ -97,6 +106,11 @@ class Retrieving(nn.Module):
         mask_tn = x_td @ self.table.T > 0
         mask_tn[:, : self.never] = False
         return mask_tn
+
+    def usage(self, x_td: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+        mask_tn = self.active_experts(x_td)
+        spent = mask_tn.float().mean().item()
+        return mask_tn, spent, spent / 2
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.seen.append(hidden_states.detach().clone())
@@ -120,7 +134,8 @@ def test_usage_counts_every_retrieval_of_every_token() -> None:
         total = sum(counter.values())
         shares = [count / total for count in counter.values()]
         assert row["num_experts"] == layer.num_experts
-        assert row["active"] == 0.25
+        assert row["bytes_fraction"] == pytest.approx(total / len(tokens) / layer.num_experts, rel=1e-6)
+        assert row["macs_fraction"] == pytest.approx(row["bytes_fraction"] / 2)
         assert row["usage"] == pytest.approx(len(counter) / layer.num_experts)
         assert row["kl_uniform"] == pytest.approx(
             sum(share * math.log(share * layer.num_experts) for share in shares), rel=1e-6
@@ -142,7 +157,92 @@ def test_peer_layers_are_counted_by_their_own_account() -> None:
     assert 3 <= len(retrieved) < 24
     assert row["usage"] == pytest.approx(len(retrieved) / 24)
     assert (row["path"], row["num_experts"]) == ("model.layers.1.mlp", 24)
-    assert row["active"] == pytest.approx(6 / 24)
+    # Six experts, a query for each head, and the sub-keys of each.
+    dense, query, keys = 3 * 24 * 16, 2 * 8 * 16, 2 * (4 + 6) * 4
+    assert row["bytes_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
+    assert row["macs_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
+
+
+@pytest.fixture
+def elastic() -> Any:
+    """A model whose second and third feed-forward layers have budgets."""
+    model = tiny_model()
+    convert(model, PeerConfig(active=0.6, layers="1,2"), random_windows(8, 32))
+    return model.eval()
+
+
+def test_layers_with_budgets_are_counted_at_the_budget(elastic: Any) -> None:
+    """In full where all is on, and else for every token, also where a sequence is read at once."""
+    dense = copy.deepcopy(elastic)
+    dense.set_active(1)
+    layers = [elastic.model.layers[index].mlp for index in (1, 2)]
+    seen: list[list[torch.Tensor]] = [[], []]
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _, args, __, i=i: seen[i].append(args[0].flatten(0, -2)))
+    windows = random_windows(3, 12)
+    for active in (0.6, 0.9, 1):
+        elastic.set_active(active)
+        for inputs in seen:
+            inputs.clear()
+        result = evaluate(elastic, windows, against=dense, batch_size=2)
+        for layer, inputs, row in zip(layers, seen, result["layers"], strict=True):
+            mask_tn, read, done = layer.usage(torch.cat(inputs))
+            assert row["usage"] == pytest.approx(mask_tn.any(0).double().mean().item())
+            assert row["bytes_fraction"] == pytest.approx(read)
+            assert row["macs_fraction"] == pytest.approx(done)
+            assert layer.prefill_all
+            assert layer.pool.observer is None
+        assert (result["against"]["kl"] < 1e-9) == (active == 1)
+
+
+def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:
+    """Each row is what `evaluate` says at that budget, the first is the result; what comes after a prompt that was read
+    with everything on is compared with the dense model there."""
+    tiny_model().save_pretrained(tmp_path / "dense")  # another one, so that nothing is 1 by itself
+    elastic.save_pretrained(tmp_path / "peer")
+    for name in ("dense", "peer"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    text = tmp_path / "text.txt"
+    text.write_text(random_text(400))
+    dense: Any = load_for_eval(tmp_path / "dense").model
+    windows = load_windows([str(text)], tiny_tokenizer(), context=24, max_tokens=120)
+    options = {"data": str(text), "context": 24, "max_tokens": 120}
+    found = evaluate_checkpoint(str(tmp_path / "peer"), active=[0.8, 1.0], against=str(tmp_path / "dense"), **options)
+    assert [row["active"] for row in found["budgets"]] == [0.8, 1.0]
+    for row in found["budgets"]:
+        elastic.set_active(row["active"])
+        wanted = evaluate(elastic, windows, against=dense)
+        assert row["perplexity"] == pytest.approx(wanted["perplexity"])
+        assert {key: row[key] for key in ("ratio", "kl", "agreement")} == pytest.approx(
+            {key: wanted["against"][key] for key in ("ratio", "kl", "agreement")}
+        )
+        for key in ("bytes_fraction", "macs_fraction"):
+            assert row[key] == pytest.approx(sum(layer[key] for layer in wanted["layers"]) / 2)
+        assert row["after_prefill"] == pytest.approx(naive_after_prefill(elastic, dense, windows), rel=1e-4)
+    assert found["perplexity"] == found["budgets"][0]["perplexity"]
+
+    (row,) = evaluate_checkpoint(str(tmp_path / "peer"), **options)["budgets"]
+    assert row["active"] == 0.6, "the model's own"
+    assert row["ratio"] is row["kl"] is row["agreement"] is row["after_prefill"] is None
+    assert "budgets" not in evaluate_checkpoint(str(tmp_path / "dense"), **options)
+    with pytest.raises(UsageError, match="--active is for models that were converted with copies as keys"):
+        evaluate_checkpoint(str(tmp_path / "dense"), active=[0.5], **options)
+    with pytest.raises(UsageError, match=r"--active 0\.01: give shares of 0\.\d+ to 1, by commas"):
+        evaluate_checkpoint(str(tmp_path / "peer"), active=[0.01], **options)
+
+
+def naive_after_prefill(model: Any, dense: Any, windows: torch.Tensor) -> float:
+    """Perplexity over the dense model's of each second half, token by token after the first was read at once."""
+    loss = [0.0, 0.0]
+    with torch.no_grad():
+        for window in windows:
+            half = len(window) // 2
+            for i, each in enumerate((model, dense)):
+                past = each(input_ids=window[None, :half], use_cache=True).past_key_values
+                for at in range(half, len(window) - 1):
+                    logits = each(input_ids=window[None, at : at + 1], past_key_values=past, use_cache=True).logits
+                    loss[i] -= logits[0, 0].double().log_softmax(-1)[window[at + 1]].item()
+    return math.exp((loss[0] - loss[1]) / (len(windows) * (windows.shape[1] - windows.shape[1] // 2 - 1)))
 
 
 def test_hooks_are_gone_afterwards_even_after_a_failure() -> None:

@@ -58,13 +58,30 @@ def test_everything_retrieved_is_the_dense_model(gguf: str) -> None:
     assert perplexity(dense.model, test_bt) == pytest.approx(dense_perplexity, rel=1e-5)
 
 
+def test_copies_spend_what_was_asked_and_lose_less_the_more_that_is(gguf: str) -> None:
+    dense = load_dense(gguf)
+    original = load_dense(gguf).model
+    calibration_bt, test_bt = windows(dense, 16), windows(dense, 4, skip=24)
+    conversion = convert(dense.model, PeerConfig(active=0.5, allocation="uniform"), calibration_bt)
+    found = []
+    for active in (0.125, 0.25, 0.5, 1):
+        conversion.model.set_active(active)
+        result = evaluate(conversion.model, test_bt, against=original)
+        spent = sum(layer["bytes_fraction"] for layer in result["layers"]) / len(result["layers"])
+        assert spent == pytest.approx(active, rel=0.08)
+        found.append(result["against"]["ratio"])
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 1.03
+    assert found[3] == pytest.approx(1, abs=1e-5)
+
+
 def test_half_of_a_few_layers_costs_little_and_beats_random_retrieval(gguf: str) -> None:
     dense = load_dense(gguf)
     original = load_dense(gguf).model
     calibration_bt, test_bt = windows(dense, 24), windows(dense, 8, skip=24)
-    layers = "4,12,20"
-    conversion = convert(dense.model, PeerConfig(active=0.5, layers=layers), calibration_bt)
-    assert conversion.active_fraction == pytest.approx(0.5, abs=0.01)
+    config = PeerConfig(active=0.5, layers="4,12,20", keys="product")
+    conversion = convert(dense.model, config, calibration_bt)
+    assert conversion.bytes_fraction == pytest.approx(0.5, abs=0.01)
     result = evaluate(dense.model, test_bt, against=original)
     fitted = result["against"]["ratio"]
     assert len(result["layers"]) == 3

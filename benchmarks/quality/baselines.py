@@ -77,6 +77,14 @@ class Masked(nn.Module):
         """Share of the neurons evaluated so far, per token."""
         return self.evaluated / max(1, self.tokens) / len(self.ff.u_fd)
 
+    def costs(self) -> tuple[float, float]:
+        """Bytes and multiply-adds spent so far, over the dense layer's; each weight is read and used once."""
+        return (self.spent + (self.router or 0) / self.dense_cost,) * 2
+
+    def forget(self) -> None:
+        """Count anew."""
+        self.evaluated = self.tokens = 0
+
 
 Fitted = Callable[[float], Masked]
 """Share of the neurons to evaluate → the layer that does so."""
@@ -227,7 +235,7 @@ def install_in_order(
         progress("Converting layers", len(layers), len(sites))
         layer = fit(read_feedforward(model, data.site), data.x_td, seed)(share)
         data.converted_td = torch.cat([layer(x) for x in data.x_td.split(CHUNK)])
-        layer.evaluated = layer.tokens = 0
+        layer.forget()
         replace(model, data.site, layer)
         layers.append(layer)
     progress("Converting layers", len(sites), len(sites))

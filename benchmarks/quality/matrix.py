@@ -1,9 +1,11 @@
 """Every method at every active share, on the same model, texts and tokens; what is measured is kept at once.
 
 `results.json` holds ``{"settings", "dense": {text: perplexity}, "cells": [...]}``. A cell has "method", "active" (what
-was asked for), "spent", "router", "router_max" (see methods.Made.costs), "seconds" of conversion, "evaluation_seconds",
-and for each text, "test" and "ood", ``{"perplexity", "ratio", "kl"}``: the ratio to the dense model's, and the mean
-KL(dense || model) in nats. A cell that failed has "error" instead. "identity" is what it depends on.
+was asked for), "bytes" and "macs" (what tokens of the first text took of the dense layers', everything counted, see
+methods.Made.costs), "seconds" of conversion, "evaluation_seconds", and for each text, such as "test" and "ood",
+``{"perplexity", "ratio", "kl", "agreement"}``: the ratio to the dense model's, the mean KL(dense || model) in nats, and
+how often both find the same token most likely. A cell that failed has "error" instead. "identity" is what it depends
+on.
 """
 
 from __future__ import annotations
@@ -99,17 +101,22 @@ def _measure(
     """The figures of one cell; a method that has no room for this share says why instead."""
     try:
         made = maker.make(method, active, progress)
+        costs: dict[str, float] = {}
         start = time.perf_counter()
         found: dict[str, Any] = {}
         for key, windows in texts.items():
+            for layer in made.layers:
+                getattr(layer, "forget", lambda: None)()
             measured = evaluate(made.model, windows, against=reference, progress=progress)
+            costs = costs or made.costs(measured["layers"])
             found[key] = {
                 "perplexity": measured["perplexity"],
                 "ratio": measured["against"]["ratio"],
                 "kl": measured["against"]["kl"],
+                "agreement": measured["against"]["agreement"],
             }
         seconds = time.perf_counter() - start
-        return {**found, **made.costs(), "seconds": made.seconds, "evaluation_seconds": seconds}
+        return {**found, **costs, "seconds": made.seconds, "evaluation_seconds": seconds}
     except PeerifyError as error:
         return {"error": str(error)}
     finally:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import yaml
-from baselines import BASELINES, Fitted, Masked, Progress, fit_all, install, install_in_order
+from baselines import BASELINES, Fitted, Progress, fit_all, install, install_in_order
 from pydantic import ValidationError
+from sparsity import SPARSITY
 from torch import Tensor, nn
 
 import peerify
@@ -25,30 +26,28 @@ from peerify.conversion.calibration import token_batches
 from peerify.discovery.sites import Site, calibrated_feedforwards, select_sites
 from peerify.errors import UsageError
 from peerify.modeling.peer_layer import PEER
+from peerify.modules import peer_layers
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "peerify": {},
-    "no-refine": {"refine_steps": 0},
-    "no-refit": {"refit": False},
-    "no-rerank": {"rerank": "none"},
-    "closed-form": {"refine_steps": 0, "refit": False, "rerank": "none"},
-    "linear-scores": {"estimate": False},
-    "product-keys": {"share_query": False},
-    "product-keys-32": {"num_heads": 32},
     "uniform": {"allocation": "uniform"},
+    "bits-3": {"bits": 3},
+    "bits-2": {"bits": 2},
+    "product-keys": {"keys": "product"},
     "peer-paper": {"preset": "peer-paper"},
 }
 """Options of `PeerConfig` by name; the active share is added to them."""
 
 _UNFITTED = {"refit": False, "refine_steps": 0, "rerank": "none", "allocation": "uniform"}
 RANDOM: dict[str, dict[str, Any]] = {
-    "random-keys": {**_UNFITTED, "share_query": False},
+    "random-keys": {**_UNFITTED, "keys": "product", "share_query": False},
     "random-peer": {**_UNFITTED, "preset": "peer-paper"},
 }
 """PEER layers of which nothing is fitted: random keys over copied neurons whose gates are 1, in the grids that peerify
 would take; and the paper's own layer, experts random as well, as one gets it when starting from nothing."""
 
-METHODS = [*BASELINES, *RANDOM, *VARIANTS]
+OTHERS = {**BASELINES, **SPARSITY}
+METHODS = [*OTHERS, *RANDOM, *VARIANTS]
 
 ELSEWHERE = {"errors", "config", "discovery"}  # files and packages
 
@@ -73,8 +72,9 @@ class Method:
             UsageError: options that `PeerConfig` does not take.
         """
         here = Path(__file__).parent
-        if self.base in BASELINES:
-            return {"kind": self.base, "active": active, "code": _digest([here / "baselines.py"])}
+        if self.base in OTHERS:
+            file = here / ("baselines.py" if self.base in BASELINES else "sparsity.py")
+            return {"kind": self.base, "active": active, "code": _digest([file])}
         config = self.config(active).model_dump(mode="json")
         kind = self.base if self.base in RANDOM else "peerify"  # variants of one configuration are one
         return {"kind": kind, "active": active, "config": config, "code": _digest(conversion_code())}
@@ -93,7 +93,7 @@ def parse_method(text: str) -> Method:
     name, *extra = text.split("+")
     if name not in METHODS:
         raise UsageError(f"--methods: there is no method {name!r}; choose from {', '.join(METHODS)}")
-    if extra and name in BASELINES:
+    if extra and name in OTHERS:
         raise UsageError(f"--methods {text}: {name} takes no options")
     options = dict(VARIANTS.get(name) or RANDOM.get(name) or {})
     for part in extra:
@@ -109,27 +109,24 @@ class Made:
     """A model with a method in the place of its feed-forward layers."""
 
     model: nn.Module
-    layers: list[PEER] | list[Masked]
+    layers: list[Any]
+    """The `PEER` layers, or what takes their place."""
     seconds: float
-    """What the conversion took, without loading."""
+    """What the conversion took, without loading; of a model with several budgets the same for all of them."""
 
-    def costs(self) -> dict[str, float | None]:
-        """Shares of multiply-adds; ask after evaluation, which counts what baselines evaluate.
+    def costs(self, measured: list[dict[str, Any]]) -> dict[str, float]:
+        """Shares of the dense layers' bytes and multiply-adds that a token took.
 
-        Returns:
-            "spent": the experts' over the dense layers'. "router": the router's over those of the experts that it
-            retrieves (always-on ones not counted), "router_max": the same in the layer where it is largest; None for
-            the oracle.
+        Args:
+            measured: the "layers" of an evaluation; empty for baselines, which count themselves.
         """
-        dense, experts, router = zip(*(_layer_costs(layer) for layer in self.layers), strict=True)
-        retrieved, spent = [part[0] for part in experts], [part[1] for part in experts]
-        known = [r for r in router if r is not None]
-        found = len(known) == len(router)
-        return {
-            "spent": sum(spent) / sum(dense),
-            "router": sum(known) / sum(retrieved) if found else None,
-            "router_max": max(r / e for r, e in zip(known, retrieved, strict=True)) if found else None,
-        }
+        found = [(row["bytes_fraction"], row["macs_fraction"]) for row in measured]
+        found = found or [layer.costs() for layer in self.layers]
+        size = [_size(layer) for layer in self.layers]
+        read, done = (
+            sum(part * n for part, n in zip(parts, size, strict=True)) / sum(size) for parts in zip(*found, strict=True)
+        )
+        return {"bytes": read, "macs": done}
 
 
 class Maker:
@@ -140,12 +137,16 @@ class Maker:
         self.batches = token_batches(windows_bt, dense)
         self.sites: list[Site] = select_sites(calibrated_feedforwards(dense, self.batches[0]), "all")
         self._fitted: dict[str, tuple[dict[str, Fitted], float]] = {}
+        self._elastic: tuple[Any, Any] = (None, None)
 
     def make(self, method: Method, active: float, progress: Progress = lambda *_: None) -> Made:
         """The dense model, copied, with `method` in it."""
-        if method.base in BASELINES:
+        if method.base in OTHERS:
             return self._baseline(method.base, active, progress)
-        model, config = copy.deepcopy(self.dense), method.config(active)
+        config = method.config(active)
+        if config.has_copies:
+            return self._at_budget(config, active, progress)
+        model = copy.deepcopy(self.dense)
         is_random = method.base in RANDOM
         windows_bt = self.windows_bt[:1] if is_random else self.windows_bt  # what it is fitted to is overwritten
         conversion = peerify.convert(model, config, windows_bt, progress=progress)
@@ -154,8 +155,20 @@ class Maker:
             forget(layers, experts=method.base == "random-peer", seed=self.seed)
         return Made(model=conversion.model.eval(), layers=layers, seconds=conversion.seconds)
 
+    def _at_budget(self, config: peerify.PeerConfig, active: float, progress: Progress) -> Made:
+        """One conversion serves every budget."""
+        key = config.model_copy(update={"active": 0.5})
+        if self._elastic[0] != key:
+            self._elastic = (None, None)  # before the next one takes as much memory
+            conversion = peerify.convert(copy.deepcopy(self.dense), key, self.windows_bt, progress=progress)
+            self._elastic = key, conversion
+        conversion = self._elastic[1]
+        conversion.model.eval().set_active(active)
+        layers = list(peer_layers(conversion.model).values())
+        return Made(model=conversion.model, layers=layers, seconds=conversion.seconds)
+
     def _baseline(self, name: str, active: float, progress: Progress) -> Made:
-        fit, in_order = BASELINES[name]
+        fit, in_order = OTHERS[name]
         start = time.perf_counter()
         model = copy.deepcopy(self.dense)
         if in_order:
@@ -196,14 +209,11 @@ def forget(layers: list[PEER], *, experts: bool, seed: int) -> None:
                     table.copy_(new)
 
 
-def _layer_costs(layer: PEER | Masked) -> tuple[float, tuple[float, float], float | None]:
-    """Multiply-adds per token: the dense layer's, those of (retrieved, all evaluated) experts, and the router's."""
-    if isinstance(layer, Masked):
-        spent = layer.spent * layer.dense_cost
-        return layer.dense_cost, (spent, spent), layer.router
-    dense = float(layer.d_model * layer.d_ff * (2 if layer.pool.gate is None else 3))
-    spent = layer.active_fraction * dense
-    return dense, (spent - layer.num_shared / layer.d_ff * dense, spent), layer.router_fraction * dense
+def _size(layer: Any) -> int:
+    """Numbers of the dense layer that `layer` stands for."""
+    if hasattr(layer, "pool"):
+        return int(layer.d_ff * layer.d_model * (2 if layer.pool.gate is None else 3))
+    return (2 if layer.ff.gate_fd is None else 3) * layer.ff.u_fd.numel()
 
 
 def conversion_code() -> list[Path]:

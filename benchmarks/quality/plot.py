@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from summary import TEXTS
+
 CEILING = 100.0  # ratios above leave the frame: what is worth telling apart lies below
 TICKS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)
 MARKERS = "os^vDP*Xhp<>"
+STYLES = {"test": "-", "ood": "--", "known": ":"}
 MAIN = {"peerify": "black", "oracle": "grey"}  # the line that matters, and the one that it wants to reach
 
 
@@ -33,13 +36,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(figsize=(9.5, 7), layout="constrained")
         handles = []
         for i, method in enumerate(methods):
-            points = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["spent"])
+            points = sorted((cell for cell in cells if cell["method"] == method), key=lambda cell: cell["bytes"])
             colour, marker = MAIN.get(method, colours[i % len(colours)]), MARKERS[i % len(MARKERS)]
             width = 2.6 if method in MAIN else 1.3
-            for key, style in (("test", "-"), ("ood", "--")):
+            for key, style in STYLES.items():
                 found = [cell for cell in points if key in cell]
                 axes.plot(
-                    [100 * cell["spent"] for cell in found],
+                    [100 * cell["bytes"] for cell in found],
                     [cell[key]["ratio"] for cell in found],
                     style,
                     color=colour,
@@ -50,7 +53,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     alpha=1.0 if key == "test" else 0.6,
                 )
             handles.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=width, label=method))
-        ratios = [cell[key]["ratio"] for cell in cells for key in ("test", "ood") if key in cell]
+        ratios = [cell[key]["ratio"] for cell in cells for key in STYLES if key in cell]
         top = min(CEILING, max(ratios, default=1.0))
         axes.set_yscale("log")
         axes.set_ylim(min([0.985, *(0.99 * ratio for ratio in ratios)]), max(1.05, top * 1.05))
@@ -60,14 +63,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlim(8, 102)
         axes.set_xticks([12.5, 25, 50, 75, 100], ["12.5", "25", "50", "75", "100"])
         axes.grid(alpha=0.25)
-        axes.set_xlabel("active share: multiply-adds of the experts, % of the dense layers'")
+        axes.set_xlabel("bytes that a token reads, % of the dense layers', everything counted")
         above = f" (above {CEILING:g}: out of the frame)" if max(ratios, default=0) > CEILING else ""
         axes.set_ylabel(f"perplexity over the dense model's{above}")
         axes.set_title(results["settings"]["model"])
-        if "ood" in results["dense"]:
+        if len(results["dense"]) > 1:
             handles += [
-                Line2D([], [], color="black", linestyle="-", label="test"),
-                Line2D([], [], color="black", linestyle="--", label="out of domain"),
+                Line2D([], [], color="black", linestyle=style, label=TEXTS[key])
+                for key, style in STYLES.items()
+                if key in results["dense"]
             ]
         axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         beside = path.with_name(f".{path.name}.tmp")

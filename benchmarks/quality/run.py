@@ -57,6 +57,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, nargs="+", metavar="TEXT", help="share the tokens equally")
     parser.add_argument("--test", required=True, metavar="TEXT", help="text of the kind that is calibrated on")
     parser.add_argument("--ood", metavar="TEXT", help="text of another kind")
+    parser.add_argument("--known", metavar="TEXT", help="text that the model knows by heart")
     parser.add_argument("--active", default="0.125,0.25,0.5,0.75,1", help="shares, by commas (%(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=16384, help="(%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of each text that is tested on (%(default)s)")
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         def windows(specs: list[str], tokens: int) -> Any:
             return load_windows(specs, dense.tokenizer, context=options.context, max_tokens=tokens, progress=progress)
 
-        specs = {"test": options.test, "ood": options.ood}
+        specs = {"test": options.test, "ood": options.ood, "known": options.known}
         texts = {key: windows([spec], options.max_tokens) for key, spec in specs.items() if spec}
         results = run_matrix(
             dense.model,

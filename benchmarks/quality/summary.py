@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TEXTS = {"test": "test", "ood": "out of domain"}
+TEXTS = {"test": "test", "ood": "out of domain", "known": "known by heart"}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -22,17 +22,18 @@ def markdown(results: dict[str, Any]) -> str:
         for method in methods
     ]
     full = [_row(at[method, active], texts) for active in actives for method in methods if (method, active) in at]
-    heads = [*(f"{TEXTS[key]} ×" for key in texts), *(f"KL {TEXTS[key]}" for key in texts)]
+    heads = [f"{TEXTS[key]} {what}" for what in ("×", "KL", "same") for key in texts]
     failed = [f"- {cell['method']} at {cell['active']:.4g}: {cell['error']}" for cell in cells if "error" in cell]
     parts = [
         f"# {settings['model']}",
         f"Tokens: {tokens}; windows of {settings['context']}. Texts: {names}.\nDense perplexity: {dense}.",
         f"Perplexity over the dense model's ({' / '.join(TEXTS[key] for key in texts)}), by active share:",
         _aligned(["method", *(_percent(active) for active in actives)], glance),
-        "*spent*: multiply-adds of the experts over the dense layers'. *router*: its multiply-adds over those of the "
-        "experts\nthat it retrieves, in the mean and in the layer where that is largest; the oracle has none. *KL*: "
-        "from the dense\nmodel, nats per token. *s*: seconds of conversion.",
-        _aligned(["active", "method", "spent", *heads, "router", "most", "s"], full),
+        "*bytes*, *macs*: what a token of the first text took of the dense layers' bytes (in bfloat16, batch 1) and "
+        "multiply-adds,\nrouters and keys counted; the oracle's choosing costs nothing. *KL*: from the dense model, "
+        "nats per token. *same*:\nshare of tokens for which both models find the same one most likely. *s*: seconds of "
+        "conversion, for all budgets of a\nmodel that has several.",
+        _aligned(["active", "method", "bytes", "macs", *heads, "s"], full),
         *(["Not possible:", "\n".join(failed)] if failed else []),
     ]
     return "\n\n".join(parts) + "\n"
@@ -41,14 +42,14 @@ def markdown(results: dict[str, Any]) -> str:
 def _row(cell: dict[str, Any], texts: list[str]) -> list[str]:
     start = [_percent(cell["active"]), cell["method"]]
     if "error" in cell:
-        return [*start, *[""] * (2 * len(texts) + 4)]
+        return [*start, *[""] * (3 * len(texts) + 3)]
     return [
         *start,
-        _percent(cell["spent"]),
+        _percent(cell["bytes"]),
+        _percent(cell["macs"]),
         *(_ratio(cell, key) for key in texts),
         *(f"{cell[key]['kl']:.4f}" for key in texts),
-        _percent(cell["router"]),
-        _percent(cell["router_max"]),
+        *(_percent(cell[key]["agreement"]) for key in texts),
         f"{cell['seconds']:.0f}",
     ]
 

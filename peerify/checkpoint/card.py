@@ -164,16 +164,17 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
     if source.get("revision") and "base_model" not in told:
         origin += f" at {source['revision'][:12]}"
     licence = source.get("license_name") or source.get("license")
-    added = _span([_added(layer) + layer["num_shared"] for layer in layers.values()])
     experts = _span([layer["num_experts"] for layer in layers.values()])
+    elastic = any(layer.get("kind") == "elastic" for layer in layers.values())
     parts = [
         f"{len(layers)} dense feed-forward layers of {origin} were replaced by PEER layers "
         "([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)): each expert is a single neuron, and "
-        f"{added} of {experts} are retrieved and added up for each token. "
-        f"The experts spend {record['active_fraction']:.1%} of the dense layers' multiply-adds per token, "
-        f"retrieving them another {record['router_fraction']:.1%}.",
+        f"{experts} in each layer, of which a token uses a part. "
+        f"For a token at batch 1 a converted layer reads {record['bytes_fraction']:.1%} of the dense layer's bytes (in "
+        f"bfloat16) and takes {record['macs_fraction']:.1%} of its multiply-adds, everything counted.",
         "## How to load it",
         _snippet(loader(config), record.get("files", []), name),
+        *([_BUDGETS] if elastic else []),
         "The code is `modeling_peer.py` and what it imports, beside the weights; it needs torch and transformers 5.17 "
         "or newer.",
         "## Base model and licence",
@@ -187,7 +188,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         "## Healing",
         _healing(record.get("training")),
         "## Limits",
-        "- The PyTorch code computes every expert and masks, so it is exact but no faster than the dense layer.\n"
+        "- The PyTorch code computes every expert and masks: it is exact, and slower than the dense layer.\n"
         "- Quality is lower on inputs unlike those it was calibrated on.\n"
         "- What the base model should not be used for, this one should not be used for either.\n"
         "- It cannot be written as GGUF: llama.cpp has no PEER layer.",
@@ -200,6 +201,14 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         f"```bibtex\n{CITATION}\n```",
     ]
     return "\n\n".join(parts)
+
+
+_BUDGETS = (
+    "`model.set_active(0.25)` spends another share of the dense layers' bytes from then on, and `1` evaluates every "
+    "expert in full; `from_pretrained(..., peer_active=0.25)` begins so. Where a sequence brings more than a few "
+    "tokens at once, all experts are evaluated in full; `peer_prefill` and `prefill` set to `budget` keep to the "
+    "budget there, too."
+)
 
 
 def _snippet(auto: str, files: Sequence[str], name: str) -> str:
@@ -219,12 +228,15 @@ def _snippet(auto: str, files: Sequence[str], name: str) -> str:
 
 
 def _conversion(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    chosen = any(_added(layer) < layer["num_experts"] - layer["num_shared"] for layer in layers.values())
+    product = [layer for layer in layers.values() if layer.get("kind") != "elastic"]
+    chosen = any(_added(layer) < layer["num_experts"] - layer["num_shared"] for layer in product)
     convert, calibration = record["recipe"]["convert"], record["calibration"]
     router = "the router was fitted in closed form"
-    if chosen and convert.get("refine_steps") != 0:
+    if not product:
+        router = "unchanged, with copies in a few bits as keys; what reading them more closely is worth was measured"
+    elif chosen and convert.get("refine_steps") != 0:
         router += " and refined by gradient together with the experts, a layer at a time"
-    if chosen and convert.get("refit"):
+    if chosen and convert.get("refit") is not False:
         router += ", the experts' output vectors refitted to what it retrieves"
     seen = f"{calibration['tokens']:,} tokens" if "tokens" in calibration else f"{calibration['inputs']:,} inputs"
     return (
@@ -267,22 +279,26 @@ def _results(record: Mapping[str, Any]) -> str:
 
 
 def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
-    table = ["| layer | experts | router | added up of retrieved | output error |", "|---|---|---|---|---|"]
+    table = ["| layer | experts | keys | used | output error |", "|---|---|---|---|---|"]
     order = {path: i for i, path in enumerate(record["layer_errors"])}  # as they run; config.json sorts them as text
     for path in sorted(layers, key=lambda path: order.get(path, len(order))):
         layer = layers[path]
+        error = record["layer_errors"].get(path)
+        last = "–" if error is None else f"{error:.4f}"
+        if layer.get("kind") == "elastic":
+            shares = [row[0] for row in layer["budgets"]]
+            budgets = f"{min(shares):.1%} to {max(shares):.1%} of the bytes, or all" if shares else "all"
+            keys = f"copies of {layer['bits']} bits"
+            table.append(f"| `{path}` | {layer['num_experts']} | {keys} | {budgets} | {last} |")
+            continue
         heads, (rows, columns) = layer["num_heads"], layer["grid"]
         product_keys = f"product keys, {heads} × ({rows} × {columns})"
         router = (
             f"a key each, rank {layer.get('query_dim')}" if rows == 1 and layer.get("share_query") else product_keys
         )
         always = f", {layer['num_shared']} always" if layer["num_shared"] else ""
-        error = record["layer_errors"].get(path)
-        table.append(
-            f"| `{path}` | {layer['num_experts']} | {router} "
-            f"| {_added(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always} "
-            f"| {'–' if error is None else f'{error:.4f}'} |"
-        )
+        used = f"{_added(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always}"
+        table.append(f"| `{path}` | {layer['num_experts']} | {router} | {used} | {last} |")
     return "\n".join(table)
 
 

@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from peerify.checkpoint.atomic import write_text
@@ -123,8 +123,8 @@ class Record(TypedDict):
     source: Origin
     recipe: Asked
     calibration: Seen
-    active_fraction: float
-    router_fraction: float
+    bytes_fraction: float
+    macs_fraction: float
     layer_errors: Mapping[str, float | None]
     files: NotRequired[list[str]]
     evaluation: NotRequired[list[Result]]
@@ -135,8 +135,29 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @with_config(_MORE)
+class ElasticLayer(TypedDict):
+    """An entry of config.json's "peer": a layer whose experts have copies as keys, see `ElasticPEER`."""
+
+    kind: Literal["elastic"]
+    d_model: Count
+    num_experts: Count
+    bits: Annotated[int, Field(ge=2, le=8)]
+    group: Annotated[int, Field(ge=1, lt=2**53)]
+    budgets: list[Annotated[list[float], Field(min_length=5, max_length=5)]]
+    d_ff: NotRequired[Count | None]
+    activation: NotRequired[str]
+    clamp: NotRequired[dict[str, float] | None]
+    gated: NotRequired[bool]
+    expert_bias: NotRequired[bool]
+    gate_bias: NotRequired[bool]
+    output_bias: NotRequired[bool]
+
+
+@with_config(_MORE)
 class Layer(TypedDict):
-    """The keyword arguments of one `PEER`, an entry of config.json's "peer"."""
+    """Likewise: a layer with product keys, see `PEER`."""
+
+    kind: NotRequired[Literal["product"]]
 
     d_model: Count
     num_experts: Count
@@ -165,11 +186,18 @@ class Layer(TypedDict):
     estimate: NotRequired[bool]
 
 
+def _kind(layer: Any) -> str:
+    return str(layer.get("kind", "product")) if isinstance(layer, dict) else "product"
+
+
 @with_config(_MORE)
 class Peer(TypedDict):
     """The "peer" entry of a converted model's config.json."""
 
-    layers: dict[str, Layer]
+    layers: dict[
+        str,
+        Annotated[Annotated[ElasticLayer, Tag("elastic")] | Annotated[Layer, Tag("product")], Discriminator(_kind)],
+    ]
 
 
 _PEER: TypeAdapter[Peer] = TypeAdapter(Peer)

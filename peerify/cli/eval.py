@@ -12,6 +12,13 @@ from peerify.config.recipe import describe
 COUNT = click.IntRange(min=1, max=2**31)
 
 
+def _shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(","))) if text is not None else ()
+    except ValueError:
+        raise click.BadParameter(f"{text} is no list of shares such as 0.25,0.5,1") from None
+
+
 @cli.command("eval")
 @click.argument("model")
 @click.option(
@@ -19,6 +26,12 @@ COUNT = click.IntRange(min=1, max=2**31)
     required=True,
     metavar="TEXT",
     help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split).",
+)
+@click.option(
+    "--active",
+    metavar="SHARES",
+    callback=_shares,
+    help="Budgets to measure, as shares of the dense layers' bytes, by commas; by default the model's own.",
 )
 @click.option("--against", metavar="DENSE", help="The dense model to compare with.")
 @click.option(
@@ -39,13 +52,15 @@ COUNT = click.IntRange(min=1, max=2**31)
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL, dense or converted, and how its experts are used.
 
-    With --against, also how far it is from the dense model: ratio of perplexities and KL divergence. The
-    text is tokenised once, cut into windows that do not overlap, and tokens 2…n of each are predicted.
+    With --against, also how far it is from the dense model: ratio of perplexities, KL divergence, and how
+    often both find the same token most likely. The text is tokenised once, cut into windows that do not
+    overlap, and tokens 2…n of each are predicted, every one at the budget.
 
     \b
     Examples:
       peerify eval smol-peer --data test.txt
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --max-tokens 16384
+      peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --active 0.25,0.5,1
       peerify eval gpt2 --data wikitext:wikitext-2-raw-v1:test --json
     """
     with library(as_json) as progress:

@@ -41,18 +41,17 @@ def print_inspection(result: Mapping[str, Any]) -> None:
         return
     share = f">at {result['active']:.0%}"
     staying = ["stays dense"] if not all(site["convertible"] for _, site in sites) else []
-    table = _table("", "layer", "kind", ">d_model×d_ff", ">read", share, ">router", *staying)
+    table = _table("", "layer", "kind", ">d_model×d_ff", ">read", share, ">FLOPs", share, *staying)
     for _, run in groupby(sites, key=lambda site: _alike(site[1])):
         rows = list(run)
         (first, site), (last, _) = rows[0], rows[-1]
-        read = site["bytes_per_token"]
-        cost = [_bytes(read[key]) for key in read]
+        cost = [*map(_bytes, site["bytes_per_token"].values()), *map(_count, site["flops_per_token"].values())]
         table.add_row(
             str(first) if first == last else f"{first}–{last}",
             _common_path([row["path"] for _, row in rows]),
             f"{site['kind']} {site['activation'] or ''}",
             f"{site['d_model']}×{site['d_ff']}",
-            *(cost if site["convertible"] else ["", "", "", f"because {site['reason']}"]),
+            *(cost if site["convertible"] else ["", "", "", "", f"because {site['reason']}"]),
         )
     console.print(table)
     totals = result["totals"]
@@ -60,10 +59,8 @@ def print_inspection(result: Mapping[str, Any]) -> None:
     console.print(
         f"{totals['convertible']} of {len(sites)} layers can be converted; "
         f"with {result['active']:.0%} active, for each token they\n"
-        f"  read {_bytes(read['dense'])} → {_bytes(read['converted'])} of weights, "
-        f"and {_bytes(read['router'])} for the router\n"
-        f"  take {_count(flops['dense'])} → {_count(flops['converted'])} FLOPs, "
-        f"and {_count(flops['router'])} for the router"
+        f"  read {_bytes(read['dense'])} → {_bytes(read['converted'])} of weights in bfloat16\n"
+        f"  take {_count(flops['dense'])} → about {_count(flops['converted'])} FLOPs"
     )
     if result.get("weights"):
         console.print(f"\nIt cannot be converted yet: {result['weights']}")
@@ -74,25 +71,26 @@ def print_inspection(result: Mapping[str, Any]) -> None:
 def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, last: bool = True) -> None:
     """One row per converted layer, then, if this is the `last` thing asked for, where the model lies and what next."""
     console = _console()
-    table = _table("layer", ">experts", ">grid", ">heads × top-k", ">active", ">error")
+    product = any("grid" in layer for layer in layers)
+    keys = (">grid", ">heads × top-k") if product else (">budgets",)
+    table = _table("layer", ">experts", *keys, ">bytes", ">multiply-adds", ">error")
     order = {path: i for i, path in enumerate(result["layers"])}  # as they run; config.json sorts them as text
     for layer in sorted(layers, key=lambda layer: order[layer["path"]]):
         error = result["layer_errors"].get(layer["path"])
         table.add_row(
             layer["path"],
             f"{layer['num_experts']:,}",
-            "×".join(map(str, layer["grid"])),
-            _topk(layer),
-            f"{layer['active']:.1%}",
+            *(("×".join(map(str, layer["grid"])), _topk(layer)) if product else (f"{len(layer['budgets'])}",)),
+            f"{layer['bytes_fraction']:.1%}",
+            f"{layer['macs_fraction']:.1%}",
             "–" if error is None else f"{error:.4f}",
         )
     console.print(table)
     peak = result["peak_rss_mb"]
     memory = f" with at most {peak:,.0f} MB of memory" if peak is not None else ""
     console.print(
-        f"{len(layers)} layers converted, {result['active_fraction']:.1%} of their compute active "
-        f"(and {result['router_fraction']:.1%} for the router), "
-        f"in {result['seconds']:.0f} s{memory}"
+        f"{len(layers)} layers converted; a token reads {result['bytes_fraction']:.1%} of their bytes and takes "
+        f"{result['macs_fraction']:.1%} of their multiply-adds; in {result['seconds']:.0f} s{memory}"
     )
     if last:
         _print_model(console, result["output"])
@@ -108,18 +106,27 @@ def print_densified(result: Mapping[str, Any]) -> None:
 def print_plan(result: Mapping[str, Any]) -> None:
     """One row per layer that could be converted, then what all of it would come to."""
     console = _console()
-    table = _table("layer", ">sensitivity", ">active", ">heads × top-k", ">router")
     layers = result["layers"]
+    product = any(layer["topk"] for layer in layers)
+    table = _table("layer", ">sensitivity", ">bytes", ">multiply-adds", *((">heads × top-k",) if product else ()))
     for layer in layers:
         table.add_row(
             layer["path"],
             f"{layer['sensitivity']:.4f}",
-            *((f"{layer['active']:.1%}", _topk(layer), f"{layer['router']:.1%}") if layer["converted"] else ("dense",)),
+            *(
+                (
+                    f"{layer['bytes_fraction']:.1%}",
+                    f"{layer['macs_fraction']:.1%}",
+                    *((_topk(layer),) if product else ()),
+                )
+                if layer["converted"]
+                else ("dense",)
+            ),
         )
     console.print(table)
     console.print(
-        f"{result['converted']} of {len(layers)} layers would be converted, with {result['active_fraction']:.1%} of "
-        f"the compute of all {len(layers)} active (and {result['router_fraction']:.1%} for the router)\n"
+        f"{result['converted']} of {len(layers)} layers would be converted; of all {len(layers)} a token would read "
+        f"{result['bytes_fraction']:.1%} of the bytes and take {result['macs_fraction']:.1%} of the multiply-adds\n"
         f"predicted perplexity: {result['predicted_ratio']:.3f}× the dense model's, to first order\n"
         f"next: peerify convert {result['model']} OUT, with the same options but --plan"
     )
@@ -139,21 +146,40 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         table.add_row(result["model"], f"{result['perplexity']:.2f}")
     console.print(table)
     console.print(f"{result['tokens']:,} tokens")
+    if len(result.get("budgets", [])) > 1:
+        _print_budgets(console, result["budgets"])
     layers = result["layers"]
     if not layers:
         return
-    table = _table("layer", ">experts", ">active", ">used", ">KL from uniform")
+    keys = ("bytes_fraction", "macs_fraction", "usage", "kl_uniform")
+    table = _table("layer", ">experts", ">bytes", ">multiply-adds", ">used", ">KL from uniform")
+
+    def cells(values: Mapping[str, float]) -> list[str]:
+        return [*(f"{values[key]:.1%}" for key in keys[:3]), f"{values[keys[3]]:.3f}"]
+
     for layer in layers:
-        table.add_row(
-            layer["path"],
-            f"{layer['num_experts']:,}",
-            f"{layer['active']:.1%}",
-            f"{layer['usage']:.1%}",
-            f"{layer['kl_uniform']:.3f}",
-        )
-    mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("active", "usage", "kl_uniform")}
+        table.add_row(layer["path"], f"{layer['num_experts']:,}", *cells(layer))
     table.add_section()
-    table.add_row("mean", "", f"{mean['active']:.1%}", f"{mean['usage']:.1%}", f"{mean['kl_uniform']:.3f}")
+    table.add_row("mean", "", *cells({key: sum(layer[key] for layer in layers) / len(layers) for key in keys}))
+    console.print(table)
+
+
+def _print_budgets(console: Console, budgets: Sequence[Mapping[str, Any]]) -> None:
+    """One row per budget."""
+    compared = budgets[0]["ratio"] is not None
+    more = (">ratio", ">KL from dense", ">same token", ">ratio after prefill") if compared else ()
+    table = _table(">active", ">bytes", ">multiply-adds", ">perplexity", *more)
+    for row in budgets:
+        after = row["after_prefill"]
+        table.add_row(
+            f"{row['active']:.4g}",
+            f"{row['bytes_fraction']:.1%}",
+            f"{row['macs_fraction']:.1%}",
+            f"{row['perplexity']:.2f}",
+            *((f"{row['ratio']:.3f}×", f"{row['kl']:.4f}", f"{row['agreement']:.1%}") if compared else ()),
+            *(("–" if after is None else f"{after:.3f}×",) if compared else ()),
+        )
+    console.print()
     console.print(table)
 
 

@@ -67,8 +67,8 @@ class PeerConfig(Section):
     have to stay nearly whole), middle, first-last, indices (0,4,9 or 12-18), path globs."""
 
     active: float | None = Field(default=0.5, gt=0, le=1)
-    """Share of the dense layers' compute spent on experts per token, over all layers; not together with topk or
-    max_loss."""
+    """Share of the dense layers' bytes that a token reads, everything counted, over all layers; not together with topk
+    or max_loss. With copies as keys the model can be set to others later."""
 
     allocation: Literal["uniform", "sensitivity"] = "sensitivity"
     """Active share of each layer: uniform, the same for all, or by sensitivity, more where errors cost more, at the
@@ -76,10 +76,20 @@ class PeerConfig(Section):
 
     max_loss: float | None = Field(default=None, gt=1)
     """Instead of active: ratio of perplexities that conversion may cost as predicted from each layer's sensitivity,
-    such as 1.1; the least compute that keeps it is found."""
+    such as 1.1; the smallest share that keeps it is found."""
 
     preset: Literal["peer-paper"] | None = None
     """peer-paper: the PEER paper's own layer (Algorithm 1: shared keys, softmax gates, query batch norm)."""
+
+    keys: Literal["copies", "product"] | None = None
+    """copies: each expert's key is a copy of its own vectors in a few bits, which serves any budget; product: the
+    paper's product keys. By default copies, unless an option is given that only product keys have."""
+
+    bits: int = Field(default=4, ge=2, le=8)
+    """Bits of each number of the copies."""
+
+    group: int = Field(default=64, ge=8, le=2**16)
+    """Numbers of a copy that share a step."""
 
     num_heads: int | None = Field(default=None, ge=1)
     """Query heads h."""
@@ -137,15 +147,31 @@ class PeerConfig(Section):
     """Projection evaluated to re-rank candidates; auto: up where scores estimate the other factor, else picked per
     layer by calibration error."""
 
-    refit: bool = True
-    """Refit the experts' output vectors to what is retrieved, correcting the layers before as well."""
+    refit: bool | None = None
+    """Refit the experts' output vectors to what product keys retrieve, correcting the layers before as well; by default
+    with product keys."""
 
     refine_steps: int | None = Field(default=None, ge=0)
-    """Gradient steps that refine router and experts of each layer on its own output; by default two passes over the
-    calibration text, 0: closed form only."""
+    """Gradient steps that refine product keys and experts of each layer on its own output; by default two passes over
+    the calibration text, 0: closed form only."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random; the same seed gives the same bytes."""
+
+    PRODUCT: ClassVar[tuple[str, ...]] = (
+        *("preset", "num_heads", "topk", "candidates", "shortlist", "num_experts", "grid", "gates", "joint_topk"),
+        *("share_pool", "share_keys", "num_shared", "query_dim", "share_query", "estimate", "query_norm"),
+    )
+    """Options that product keys have and copies have not."""
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether keys are copies of the experts."""
+        return self.keys == "copies" or (self.keys is None and not self._of_product_keys())
+
+    def _of_product_keys(self) -> list[str]:
+        given = [name for name in self.PRODUCT if getattr(self, name) is not None]
+        return given + ([] if self.rerank == "auto" else ["rerank"])
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -174,10 +200,21 @@ class PeerConfig(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> PeerConfig:
-        for fault in (self._compute_fault(), self._pool_fault(), self._preset_fault()):
+        for fault in (self._keys_fault(), self._compute_fault(), self._pool_fault(), self._preset_fault()):
             if fault:
                 raise ValueError(fault)
         return self
+
+    def _keys_fault(self) -> str | None:
+        given = self._of_product_keys()
+        if self.keys == "copies" and given:
+            return f"{given[0]} is for product keys: drop it, or give keys product"
+        if self.has_copies and (self.refit or self.refine_steps):
+            return "refit and refine_steps are for product keys: copies have nothing to fit"
+        fields = type(self).model_fields
+        if not self.has_copies and any(getattr(self, name) != fields[name].default for name in ("bits", "group")):
+            return "bits and group are for copies: drop them, or give keys copies"
+        return None
 
     def _compute_fault(self) -> str | None:
         if self.max_loss is not None and self.topk is not None:

@@ -1,4 +1,4 @@
-"""How much to retrieve in each layer: more where errors cost more.
+"""How much to retrieve by product keys in each layer: more where errors cost more.
 
 Converting layer l at active share a_l raises the model's loss by about k_l (1 - a_l)^POWER, and these increases add up
 to first order. k_l is the layer's sensitivity, cost_l its size. By Lagrange the loss at a given total of multiply-adds
@@ -23,6 +23,8 @@ from peerify.conversion.calibration import Batch, SiteData, on_device, walk
 from peerify.conversion.feedforward import replaced
 from peerify.conversion.sizing import RERANK_RANK
 from peerify.discovery.sites import Site
+from peerify.modeling.modeling_peer import make_layer
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 
 # Measured on single, refined layers of SmolLM2-135M: between 2.1 (few experts) and 3.1 (most of them). The whole model
@@ -44,15 +46,44 @@ def sensitivities(
     build: Callable[[SiteData], tuple[PEER, float]],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, float]:
-    """k_l of each site by its path: mean KL divergence (nats per position) over (1 - active)^POWER, at least FLOOR.
+    """k_l of each site by its path: its divergence over (1 - active)^POWER, at least FLOOR of the mean.
+
+    Args:
+        batches, progress: see `divergences`.
+        build: makes a converted layer of what a site sees, and says what share of the dense layer it spends.
+    """
+    spent: dict[str, float] = {}
+
+    def layer_of(data: SiteData) -> nn.Module:
+        layer, spent[data.site.path] = build(data)
+        return layer
+
+    moved = divergences(model, sites, batches, layer_of, progress)
+    return floored({path: kl / max(1 - spent[path], 1e-3) ** POWER for path, kl in moved.items()})
+
+
+def floored(sensitivity: dict[str, float]) -> dict[str, float]:
+    """The same, each at least FLOOR of the mean."""
+    least = FLOOR * sum(sensitivity.values()) / len(sensitivity)
+    return {path: max(value, least) for path, value in sensitivity.items()}
+
+
+def divergences(
+    model: nn.Module,
+    sites: list[Site],
+    batches: list[Batch],
+    build: Callable[[SiteData], nn.Module],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, float]:
+    """How far the model's predictions move with one layer replaced: mean KL divergence, nats per position, by path.
 
     Models without logits: relative squared error of their first output instead of the divergence.
 
     Args:
         batches: inputs; TOKENS tokens of them are used, or two samples where these are longer.
-        build: makes a converted layer of what a site sees, and says how active it is.
+        build: makes a layer of what a site sees.
     """
-    fitted, held_out = _samples(batches)
+    fitted, held_out = samples(batches)
     cache, wanted = BlockCache(model, sites), []
     for batch in held_out:
         with torch.no_grad(), cache.recording():
@@ -63,7 +94,7 @@ def sensitivities(
     for data in walk(model, sites, fitted):
         if progress:
             progress("Measuring sensitivities", len(found), len(sites))
-        layer, active = build(data)
+        layer = build(data)
         data.converted_td = data.y_td  # the next layer, too, is measured in the dense model
         parameter = next(model.get_submodule(data.site.path).parameters())
         with torch.no_grad(), replaced(model, data.site, layer.to(parameter.device, parameter.dtype)):
@@ -71,11 +102,10 @@ def sensitivities(
             for i, batch in enumerate(held_out):
                 with cache.answering(i, data.site):
                     moved += _distance(model, batch, wanted[i])
-        found[data.site.path] = max(moved / len(held_out), 1e-12) / max(1 - active, 1e-3) ** POWER
+        found[data.site.path] = max(moved / len(held_out), 1e-12)
     if progress:
         progress("Measuring sensitivities", len(sites), len(sites))
-    least = FLOOR * sum(found.values()) / len(found)
-    return {path: max(k, least) for path, k in found.items()}
+    return found
 
 
 def allocate(
@@ -171,20 +201,28 @@ def plan_shares(
     return dense
 
 
-def planned_fractions(options: Mapping[str, Any]) -> tuple[float, float]:
-    """Multiply-adds of experts and of router of `PEER(**options)`, as shares of the dense layer's."""
+def planned_fractions(options: Mapping[str, Any], active: float = 1.0) -> tuple[float, float]:
+    """Bytes and multiply-adds per token of a layer that has these options in config.json, over the dense layer's.
+
+    Args:
+        active: the budget of layers that have several.
+    """
+    options = dict(options)
     if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
-        options = {**options, "rerank": "up"}
-    everything = options["num_heads"] * options["candidates"] >= options["num_experts"] - options["num_shared"]
-    if options["rerank"] is not None and options["share_query"] and options["query_dim"] and everything:
-        # The conversion shortens a query that only helps to re-rank.
-        options = {**options, "query_dim": min(options["query_dim"], math.ceil(RERANK_RANK * options["d_model"]))}
+        options["rerank"] = "up"
+    if options.get("kind") != "elastic":
+        everything = options["num_heads"] * options["candidates"] >= options["num_experts"] - options["num_shared"]
+        if options["rerank"] is not None and options["share_query"] and options["query_dim"] and everything:
+            # The conversion shortens a query that only helps to re-rank.
+            options["query_dim"] = min(options["query_dim"], math.ceil(RERANK_RANK * options["d_model"]))
     with torch.device("meta"):
-        layer = PEER(**options)
-    return layer.active_fraction, layer.router_fraction
+        layer = make_layer(options)
+    if isinstance(layer, ElasticPEER):
+        layer.set_active(active)
+    return layer.bytes_fraction, layer.macs_fraction
 
 
-def _samples(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+def samples(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples from all over `batches`, each a batch by itself, to fit layers to and to judge them by; where there is
     only one, it does for both."""
     rows = [(batch, row) for batch in batches for row in range(len(_main(batch)))]

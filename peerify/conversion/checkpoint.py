@@ -32,7 +32,7 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     """Load the dense model, convert it and write the result to `recipe.output`, whole or not at all.
 
     Returns:
-        ``{"output", "layers", "active_fraction", "router_fraction", "predicted_ratio", "seconds", "peak_rss_mb",
+        ``{"output", "layers", "bytes_fraction", "macs_fraction", "predicted_ratio", "seconds", "peak_rss_mb",
         "layer_errors"}``; predicted_ratio is null where no sensitivities were measured.
 
     Raises:
@@ -52,8 +52,8 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
     return {
         "output": recipe.output,
         "layers": list(conversion.layers),
-        "active_fraction": conversion.active_fraction,
-        "router_fraction": conversion.router_fraction,
+        "bytes_fraction": conversion.bytes_fraction,
+        "macs_fraction": conversion.macs_fraction,
         "predicted_ratio": conversion.predicted_ratio,
         "seconds": conversion.seconds,
         "peak_rss_mb": peak_mb(),
@@ -150,8 +150,8 @@ def _write_model(
         "source": provenance(dense),
         "recipe": recipe | {"model": dense.source},
         "calibration": seen,
-        "active_fraction": conversion.active_fraction,
-        "router_fraction": conversion.router_fraction,
+        "bytes_fraction": conversion.bytes_fraction,
+        "macs_fraction": conversion.macs_fraction,
         "layer_errors": conversion.layer_errors,
         "files": files,  # of the source model, beside the weights
     }

@@ -18,6 +18,7 @@ from peerify.checkpoint.load import load_for_eval, load_skeleton
 from peerify.conversion.feedforward import write_feedforward
 from peerify.discovery.sites import Site, find_feedforwards
 from peerify.errors import ConversionError
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
@@ -89,14 +90,14 @@ def _dense_model(model: PreTrainedModel) -> PreTrainedModel:
     dense_class: Any = getattr(transformers, name)
     config_class: Any = type(model.config).__mro__[1]
     values = model.config.to_dict()
-    for key in ("peer", "auto_map", "model_type", "architectures"):
+    for key in ("peer", "peer_active", "peer_prefill", "auto_map", "model_type", "architectures"):
         values.pop(key, None)
     return dense_class._from_config(config_class.from_dict(values), dtype=model.dtype).eval()  # type: ignore[no-any-return]
 
 
-def _fault(layer: PEER, site: Site) -> str:
+def _fault(layer: PEER | ElasticPEER, site: Site) -> str:
     """Why `layer` is not the feed-forward layer at `site` in another order; empty if it is."""
-    if layer.gates != "unit":
+    if getattr(layer, "gates", "unit") != "unit":
         return f"{layer.gates} gates weigh its experts, which neurons of a dense layer have no place for"
     if layer.num_experts != site.d_ff:
         return f"it has {layer.num_experts:,} experts, and the dense layer {site.d_ff:,} neurons"

@@ -13,9 +13,10 @@ from peerify.checkpoint.load import load_skeleton
 from peerify.checkpoint.source import why_no_weights
 from peerify.config.peer import PeerConfig
 from peerify.conversion.allocation import planned_fractions
-from peerify.conversion.sizing import plan_layer
+from peerify.conversion.elastic import typical_cost
 from peerify.discovery.sites import Site, survey
 from peerify.errors import CheckpointError, ConversionError, UsageError
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.progress import Progress, teller
 from peerify.reading import printable, read_object
 
@@ -32,15 +33,15 @@ def inspect_model(
 
     Args:
         source: a Hub id, a directory or a .gguf file.
-        active: share of the dense layer's compute spent on experts per token.
+        active: share of the dense layer's bytes that a token is to read.
         progress: called as progress(stage, done, total).
 
     Returns:
         ``{"model", "model_type", "parameters", "active", "feedforwards": [...], "totals", "unseen", "weights"}``.
         Each layer has ``{"path", "kind", "d_model", "d_ff", "activation", "convertible", "reason", "parameters",
-        "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted", "router"}``, with
-        weights read once per token in the checkpoint's number type, and two FLOPs for each multiply-add; what
-        finding the experts takes comes on top, as router. totals sums the layers that can be converted. "unseen"
+        "bytes_per_token", "flops_per_token"}``; the last two are ``{"dense", "converted"}``, with weights read once
+        per token, those of experts in bfloat16, and two FLOPs for each multiply-add; how the budget divides is likely
+        before calibration text is seen, not known. totals sums the layers that can be converted. "unseen"
         has, by path, models inside the model ("": the model itself) of which not all could be run from the config
         alone, with the reason. weights is None, or the reason why convert could not read them; config and weights
         that do not belong together are refused.
@@ -54,11 +55,9 @@ def inspect_model(
     tell = teller(progress)
     tell("Finding feed-forward layers", 0, 1)
     model = load_skeleton(source, revision=revision, trust_remote_code=trust_remote_code)
-    dtype = getattr(model.config, "dtype", None)
-    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4  # composite models have one for each part
     config = PeerConfig(active=active)
     sites, unseen = _survey(model)
-    rows = [_row(site, config, itemsize) for site in sites]
+    rows = [_row(site, config) for site in sites]
     tell("Finding feed-forward layers", 1, 1)
     able = [row for row in rows if row["convertible"]]
     totals: dict[str, Any] = {"convertible": len(able), "parameters": sum(row["parameters"] for row in able)}
@@ -77,15 +76,15 @@ def inspect_model(
 
 
 def converted_layers(folder: str | Path) -> list[dict[str, Any]]:
-    """The PEER layers of the converted model in `folder`: its config's entries with path, active and router.
+    """The PEER layers of the converted model in `folder`: its config's entries with path and cost.
 
-    active and router are shares of the dense layer's multiply-adds per token.
+    bytes_fraction and macs_fraction are of the dense layer's, for each token, at the budget that the config has.
     """
     config = read_object(Path(folder).expanduser() / "config.json", CheckpointError, "convert again")
     rows = []
     for path, options in config["peer"]["layers"].items():
-        active, router = planned_fractions(options)
-        rows.append({**options, "path": path, "active": active, "router": router})
+        read, done = planned_fractions(options, config.get("peer_active", 1.0))
+        rows.append({**options, "path": path, "bytes_fraction": read, "macs_fraction": done})
     return rows
 
 
@@ -112,37 +111,29 @@ def _survey(model: PreTrainedModel) -> tuple[list[Site], dict[str, str]]:
     return found
 
 
-_COSTS = ("dense", "converted", "router")
+_COSTS = ("dense", "converted")
+BYTES = 2  # of a number in bfloat16
 
 
-def _row(site: Site, config: PeerConfig, itemsize: int) -> dict[str, Any]:
+def _row(site: Site, config: PeerConfig) -> dict[str, Any]:
     gated = site.kind == "gated"
     weights = (3 if gated else 2) * site.d_model * site.d_ff
-    shares = [1.0, 1.0, 0.0]  # of `weights`, in the order of _COSTS
-    reason = site.reason or None
+    read, done = 1.0, 1.0
     if site.convertible:
-        try:
-            options = plan_layer(
-                config,
-                path=site.path,
-                d_model=site.d_model,
-                d_ff=site.d_ff,
-                gated=gated,
-                activation=site.activation,
+        with torch.device("meta"):
+            layer = ElasticPEER(
+                site.d_model, site.d_ff, gated=gated, bits=config.bits, group=min(config.group, site.d_model)
             )
-            shares[1:] = planned_fractions(options)
-        except ConversionError as error:
-            reason = str(error)
-    touched = {name: round(share * weights) for name, share in zip(_COSTS, shares, strict=True)}
+        read, done = typical_cost(layer, config.active or 1.0)
     return {
         "path": site.path,
         "kind": site.kind,
         "d_model": site.d_model,
         "d_ff": site.d_ff,
         "activation": site.activation,
-        "convertible": reason is None,
-        "reason": reason,
+        "convertible": site.convertible,
+        "reason": site.reason or None,
         "parameters": site.parameters,
-        "bytes_per_token": {name: count * itemsize for name, count in touched.items()},
-        "flops_per_token": {name: count * 2 for name, count in touched.items()},
+        "bytes_per_token": {"dense": weights * BYTES, "converted": round(read * weights * BYTES)},
+        "flops_per_token": {"dense": weights * 2, "converted": round(done * weights * 2)},
     }

@@ -20,6 +20,7 @@ from peerify.conversion.refit import fit_outputs, relative_error
 from peerify.conversion.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
 from peerify.conversion.sizing import RERANK_RANK, plan_layer, splits
 from peerify.discovery.sites import Site
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 
 # A neuron with a peak above this (RouterFit.peak_f) is always on: models keep a few whose rare, huge values hold up all
@@ -54,7 +55,7 @@ def convert_layer(ff: FeedForward, data: SiteData, config: PeerConfig) -> tuple[
     target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
     refine(layer, data.x_td, target_td, steps=config.refine_steps, seed=config.seed)
     inexact = layer.gates != "unit" or layer.topk < layer.num_experts - layer.num_shared
-    data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit and inexact)
+    data.converted_td = fit_outputs(layer, data.x_td, target_td, refit=config.refit is not False and inexact)
     return layer, plan, relative_error(data.converted_td, data.y_td)
 
 
@@ -114,7 +115,7 @@ def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tens
     return layer.eval()
 
 
-def copy_neurons(layer: PEER, ff: FeedForward, neuron_n: Tensor) -> None:
+def copy_neurons(layer: PEER | ElasticPEER, ff: FeedForward, neuron_n: Tensor) -> None:
     """Make expert n a copy of neuron `neuron_n[n]`, and the layer's bias that of the dense layer."""
     pool = layer.pool
     pool.u.data.copy_(ff.u_fd[neuron_n])

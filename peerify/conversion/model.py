@@ -15,21 +15,35 @@ from peerify.config.peer import PeerConfig
 from peerify.conversion.allocation import (
     KEEP_DENSE,
     LEAST,
+    divergences,
+    floored,
     plan_shares,
     planned_fractions,
     predicted_loss,
+    samples,
     sensitivities,
 )
 from peerify.conversion.calibration import Batch, SiteData, token_batches, walk
+from peerify.conversion.elastic import (
+    EVERYTHING,
+    Measured,
+    Point,
+    build_elastic,
+    measure_layer,
+    plan_elastic,
+    settle,
+)
 from peerify.conversion.feedforward import read_feedforward, replace
-from peerify.conversion.layer import convert_layer, plan_for
+from peerify.conversion.layer import MOST_SHARED, convert_layer, plan_for
 from peerify.discovery.sites import Site, calibrated_feedforwards, select_sites
 from peerify.errors import ConversionError
 from peerify.modeling.modeling_peer import FORMAT, adopt
+from peerify.modeling.peer_elastic import Budget
 from peerify.modeling.peer_layer import PEER
 from peerify.progress import Progress
 
-PROBE_ACTIVE = 0.5  # at which sensitivities are measured where no active share below 1 is given
+PROBE_ACTIVE = 0.5  # at which sensitivities are measured where no active share below 1 is given, with product keys
+PROBE_BYTES = 0.2  # likewise with copies: below it errors are too large to add up, above it too small to be seen
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,13 +52,14 @@ class Conversion:
 
     model: nn.Module
     layers: dict[str, dict[str, Any]]
-    """Keyword arguments of `PEER` for each converted path."""
+    """Options of the layer at each converted path, as in config.json."""
     layer_errors: dict[str, float]
-    """Relative output error |y' - y|^2 / |y|^2 of each layer on its own calibration input."""
-    active_fraction: float
-    """Multiply-adds of the experts per token over those of the dense layers they replace."""
-    router_fraction: float
-    """The router's own multiply-adds, over the same."""
+    """Relative output error |y' - y|^2 / |y|^2 of each layer on its own calibration input, as predicted for layers that
+    have several budgets."""
+    bytes_fraction: float
+    """Bytes of weights that a token reads at batch 1, over those of the dense layers that are replaced, in bfloat16."""
+    macs_fraction: float
+    """Multiply-adds of a token over theirs."""
     predicted_ratio: float | None
     """As of `ConversionPlan`."""
     seconds: float
@@ -55,34 +70,40 @@ class ConversionPlan:
     """What a conversion does to each layer, and what it is expected to cost."""
 
     sites: list[Site]
-    """The layers that `config.layers` names, as they run; those without an entry in `configs` stay dense."""
+    """The layers that `config.layers` names, as they run; those without an entry in `layers` stay dense."""
     configs: dict[str, PeerConfig]
-    """For each path to be converted: the configuration with the layer's own active share."""
+    """For each path to be converted to product keys: the configuration with the layer's own active share."""
     layers: dict[str, dict[str, Any]]
-    """Keyword arguments of `PEER` for the same; the calibration data may still shift topk against shortlist and
-    candidates, and shorten the query of a layer whose candidates are all."""
+    """Options of each layer to be converted, as in config.json. With product keys the calibration data may still shift
+    topk against shortlist and candidates, and shorten the query of a layer whose candidates are all."""
+    measured: dict[str, Measured]
+    """For each path to be converted to copies: what is known of it."""
+    active: float
+    """The budget of the model."""
     fractions: dict[str, tuple[float, float]]
-    """For each of `sites`: multiply-adds of experts and of router per token, over the dense layer's."""
+    """For each of `sites`: bytes and multiply-adds of a token over the dense layer's."""
+    errors: dict[str, float]
+    """Predicted output errors of layers with copies."""
     sensitivity: dict[str, float]
-    """Sensitivity of each of `sites` (`peerify.conversion.allocation`); empty where nothing depended on it."""
+    """Sensitivity of each of `sites`; empty where nothing depended on it. With copies: nats per token for an error as
+    large as the output; with product keys: see `peerify.conversion.allocation`."""
+    loss: float | None
+    """Predicted increase of the loss, nats per token, to first order; None where sensitivities were not measured."""
 
     @property
-    def active_fraction(self) -> float:
-        """Multiply-adds of the experts over those of all `sites`, layers that stay dense counted in full."""
+    def bytes_fraction(self) -> float:
+        """Bytes that a token reads over those of all `sites`, layers that stay dense counted in full."""
         return self._mean(0)
 
     @property
-    def router_fraction(self) -> float:
-        """The router's own multiply-adds, over the same."""
+    def macs_fraction(self) -> float:
+        """Multiply-adds over the same."""
         return self._mean(1)
 
     @property
     def predicted_ratio(self) -> float | None:
         """Predicted perplexity over the dense model's, to first order; None where sensitivities were not measured."""
-        if not self.sensitivity:
-            return None
-        shares = {path: active for path, (active, _) in self.fractions.items()}
-        return math.exp(predicted_loss(self.sensitivity, shares))
+        return None if self.loss is None else math.exp(self.loss)
 
     def _mean(self, part: int) -> float:
         return _mean([self.fractions[site.path][part] for site in self.sites], [_cost(site) for site in self.sites])
@@ -97,14 +118,14 @@ def plan_conversion(
     measure: bool = True,
     progress: Progress | None = None,
 ) -> ConversionPlan:
-    """Choose the layers to convert and how much to retrieve in each; the model is left as it is.
+    """Choose the layers to convert and what each spends; the model is left as it is.
 
     Args:
         model, config, calibration, progress: as for `convert`.
         measure: measure sensitivities also where `config` alone decides, to predict what that costs.
 
     Raises:
-        ConversionError: see `convert`; no layer can be converted within the compute or the loss asked for; a loss with
+        ConversionError: see `convert`; no layer can be converted within the budget or the loss asked for; a loss with
             fewer experts than neurons.
     """
     if any(hasattr(module, "get_delta_weight") for module in model.modules()):
@@ -114,6 +135,79 @@ def plan_conversion(
         )
     batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
     sites = select_sites(calibrated_feedforwards(model, batches[0]), config.layers)
+    plan = plan_copies if config.has_copies else plan_product_keys
+    return plan(model, config, sites, batches, measure, progress)
+
+
+def plan_copies(
+    model: nn.Module,
+    config: PeerConfig,
+    sites: list[Site],
+    batches: list[Batch],
+    measure: bool,
+    progress: Progress | None,
+) -> ConversionPlan:
+    """`plan_conversion` of layers whose experts have copies as keys: everything about them is known from here on."""
+    options = {site.path: plan_elastic(read_feedforward(model, site), site, config) for site in sites}
+    measured: dict[str, Measured] = {}
+    error: dict[str, float] = {}
+
+    def build(data: SiteData) -> nn.Module:
+        path = data.site.path
+        layer, measured[path] = measure_layer(read_feedforward(model, data.site), data, options[path])
+        probe = min(measured[path].curve, key=lambda point: abs(point.bytes - PROBE_BYTES))
+        error[path] = max(probe.error, 1e-9)
+        layer.budget, layer.prefill_all = Budget(PROBE_BYTES, *list(vars(probe).values())[:4]), False
+        return layer
+
+    alike = config.allocation == "uniform" or (len(sites) == 1 and config.max_loss is None)
+    if alike and not measure:
+        for data in walk(model, sites, samples(batches)[0]):
+            if progress:
+                progress("Measuring layers", len(measured), len(sites))
+            build(data)
+            data.converted_td = data.y_td
+        sensitivity: dict[str, float] = {}
+    else:
+        moved = divergences(model, sites, batches, build, progress)
+        sensitivity = floored({path: kl / error[path] for path, kl in moved.items()})
+    cost = {site.path: float(_cost(site)) for site in sites}
+    dense: list[str] = []
+    while True:
+        curves = {path: [EVERYTHING] if path in dense else found.curve for path, found in measured.items()}
+        weights = {} if alike else sensitivity
+        budgets = settle(curves, weights, cost, active=config.active, max_loss=config.max_loss)
+        spent = {path: _spent(rows, budgets.active) for path, rows in budgets.rows.items() if path not in dense}
+        largest = max(spent, key=lambda path: spent[path].bytes, default=None)
+        if largest is None or config.layers != "auto" or spent[largest].bytes <= KEEP_DENSE:
+            break
+        dense.append(largest)  # one at a time: what it takes more may bring the others below the limit
+    kept = [site.path for site in sites if site.path not in dense]
+    _require_some(kept, config)
+    loss = sum(sensitivity[path] * budgets.errors[path] for path in kept) if sensitivity else None
+    return ConversionPlan(
+        sites=sites,
+        configs={},
+        layers={path: options[path] | {"budgets": budgets.rows[path]} for path in kept},
+        measured={path: measured[path] for path in kept},
+        active=budgets.active,
+        fractions={site.path: (1.0, 1.0) for site in sites}
+        | {path: (spent[path].bytes, spent[path].macs) for path in kept},
+        errors={path: budgets.errors[path] for path in kept},
+        sensitivity=sensitivity,
+        loss=loss,
+    )
+
+
+def plan_product_keys(
+    model: nn.Module,
+    config: PeerConfig,
+    sites: list[Site],
+    batches: list[Batch],
+    measure: bool,
+    progress: Progress | None,
+) -> ConversionPlan:
+    """`plan_conversion` of layers with product keys, which are fitted to calibration text only later."""
     auto, d_ff = config.layers == "auto", min(site.d_ff for site in sites)
     most = min(1.0, (config.num_experts or d_ff) / d_ff)
     if config.max_loss is not None and most < 1:
@@ -135,22 +229,28 @@ def plan_conversion(
             total=config.active,
             max_loss=config.max_loss,
             keep_dense=auto,
-            least=min(most, max(LEAST, ((config.num_shared or 0) + 1) / d_ff)),
+            least=min(most, max(_least(model, site, config) for site in sites)),
             most=most,
         )
         own = {path: {"active": share, "max_loss": None} for path, share in shares.items()}
         kept = [path for path, share in shares.items() if not auto or share <= KEEP_DENSE]
         configs = {path: config.model_copy(update=own[path]) for path in kept}
-    if not configs:
-        raise ConversionError(
-            "no layer can be converted within "
-            + (f"active {config.active}" if config.max_loss is None else f"max_loss {config.max_loss}")
-            + ": allow a lower active share or a larger loss, or name the layers"
-        )
+    _require_some(list(configs), config)
     layers = {site.path: _plan(model, site, configs[site.path]) for site in sites if site.path in configs}
-    fractions = {site.path: (1.0, 0.0) for site in sites}
+    fractions = {site.path: (1.0, 1.0) for site in sites}
     fractions |= {path: planned_fractions(options) for path, options in layers.items()}
-    return ConversionPlan(sites=sites, configs=configs, layers=layers, fractions=fractions, sensitivity=sensitivity)
+    active = {path: share for path, (share, _) in fractions.items()}
+    return ConversionPlan(
+        sites=sites,
+        configs=configs,
+        layers=layers,
+        measured={},
+        active=1.0,
+        fractions=fractions,
+        errors={},
+        sensitivity=sensitivity,
+        loss=predicted_loss(sensitivity, active) if sensitivity else None,
+    )
 
 
 @torch.no_grad()
@@ -175,34 +275,71 @@ def convert(
     start = time.perf_counter()
     batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
     plan = plan_conversion(model, config, batches, measure=False, progress=progress)
-    sites = [site for site in plan.sites if site.path in plan.configs]
-    plans = dict(plan.layers)
-    errors: dict[str, float] = {}
-    layers: list[PEER] = []
-    weights: list[int] = []
-    for data in walk(model, sites, batches):
-        path = data.site.path
+    sites = [site for site in plan.sites if site.path in plan.layers]
+    layers, errors = dict(plan.layers), dict(plan.errors)
+    fractions = {site.path: plan.fractions[site.path] for site in sites}
+    if config.has_copies:
+        for site in sites:
+            found = plan.measured[site.path]
+            layer = build_elastic(read_feedforward(model, site), layers[site.path], found.input_rms_d)
+            _put(model, site, layer)
+    else:
+        for data in walk(model, sites, batches):
+            path = data.site.path
+            if progress:
+                progress("Converting layers", len(errors), len(sites))
+            ff = read_feedforward(model, data.site)
+            fitted, layers[path], errors[path] = convert_layer(ff, data, plan.configs[path])
+            _put(model, data.site, fitted)
+            fractions[path] = fitted.bytes_fraction, fitted.macs_fraction
         if progress:
-            progress("Converting layers", len(errors), len(sites))
-        ff = read_feedforward(model, data.site)
-        layer, plans[path], errors[path] = convert_layer(ff, data, plan.configs[path])
-        parameter = next(model.get_submodule(path).parameters())
-        replace(model, data.site, layer.to(parameter.device, parameter.dtype))
-        layers.append(layer)
-        weights.append(_cost(data.site))
-    if progress:
-        progress("Converting layers", len(sites), len(sites))
+            progress("Converting layers", len(sites), len(sites))
     identities = [path for site in sites for path in site.identities]
-    adopt(model, {"format": FORMAT, "layers": plans, "identities": identities})  # type: ignore[arg-type]
+    peer = {"format": FORMAT, "layers": layers, "identities": identities}
+    adopt(model, peer, plan.active)  # type: ignore[arg-type]
+    weights = [_cost(site) for site in sites]
     return Conversion(
         model=model,
-        layers=plans,
+        layers=layers,
         layer_errors=errors,
-        active_fraction=_mean([layer.active_fraction for layer in layers], weights),
-        router_fraction=_mean([layer.router_fraction for layer in layers], weights),
+        bytes_fraction=_mean([fractions[site.path][0] for site in sites], weights),
+        macs_fraction=_mean([fractions[site.path][1] for site in sites], weights),
         predicted_ratio=plan.predicted_ratio,
         seconds=time.perf_counter() - start,
     )
+
+
+def _least(model: nn.Module, site: Site, config: PeerConfig) -> float:
+    """The smallest share, in steps of a tenth, at which a layer with product keys has room for router and experts."""
+    shared = int(MOST_SHARED * site.d_ff) if config.num_shared is None else config.num_shared
+    share = LEAST
+    while share < 1:
+        own = {"active": share, "max_loss": None, "num_shared": shared}
+        try:
+            _plan(model, site, config.model_copy(update=own))
+            return share
+        except ConversionError:
+            share *= 1.1
+    return 1.0
+
+
+def _put(model: nn.Module, site: Site, layer: nn.Module) -> None:
+    parameter = next(model.get_submodule(site.path).parameters())
+    replace(model, site, layer.to(parameter.device, parameter.dtype))
+
+
+def _spent(rows: list[list[float]], active: float) -> Budget | Point:
+    """What a layer spends at the budget `active`."""
+    return next((Budget(*row) for row in rows if row[0] == active), EVERYTHING)
+
+
+def _require_some(kept: list[str], config: PeerConfig) -> None:
+    if not kept:
+        raise ConversionError(
+            "no layer can be converted within "
+            + (f"active {config.active}" if config.max_loss is None else f"max_loss {config.max_loss}")
+            + ": allow a lower active share or a larger loss, or name the layers"
+        )
 
 
 def _sensitivities(
@@ -215,7 +352,7 @@ def _sensitivities(
 
     def build(data: SiteData) -> tuple[PEER, float]:
         layer, _, _ = convert_layer(read_feedforward(model, data.site), data, quick)
-        return layer, layer.active_fraction
+        return layer, layer.bytes_fraction
 
     return sensitivities(model, sites, batches, build, progress)
 

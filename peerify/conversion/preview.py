@@ -17,12 +17,11 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
     `convert_checkpoint` of the same recipe measures the same again, and does what the plan says.
 
     Returns:
-        ``{"model", "layers": [...], "converted", "active_fraction", "router_fraction", "predicted_ratio", "seconds"}``.
-        Each layer has ``{"path", "d_model", "d_ff", "sensitivity", "converted", "active", "router", "num_heads",
-        "topk", "shortlist", "candidates"}``: sensitivity k such that share a costs about k (1 - a)^POWER nats per
-        token, active and router as shares of the dense layer's multiply-adds; the last four are None for a layer that
-        stays dense.
-        The fractions are over all these layers. predicted_ratio is the perplexity over the dense model's.
+        ``{"model", "layers": [...], "converted", "bytes_fraction", "macs_fraction", "predicted_ratio", "seconds"}``.
+        Each layer has ``{"path", "d_model", "d_ff", "sensitivity", "converted", "bytes_fraction", "macs_fraction",
+        "num_heads", "topk", "shortlist", "candidates"}``: sensitivity as of `ConversionPlan`, the fractions of the
+        dense layer's bytes and multiply-adds; the last four are None without product keys.
+        The fractions of the whole are over all these layers. predicted_ratio is the perplexity over the dense model's.
 
     Raises:
         PeerifyError: whatever is wrong with the model, the text or the recipe.
@@ -33,7 +32,7 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
     rows = []
     for site in plan.sites:
         options = plan.layers.get(site.path)
-        active, router = plan.fractions[site.path]
+        read, done = plan.fractions[site.path]
         rows.append(
             {
                 "path": site.path,
@@ -41,17 +40,17 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
                 "d_ff": site.d_ff,
                 "sensitivity": plan.sensitivity[site.path],
                 "converted": options is not None,
-                "active": active,
-                "router": router,
-                **{key: options and options[key] for key in ("num_heads", "topk", "shortlist", "candidates")},
+                "bytes_fraction": read,
+                "macs_fraction": done,
+                **{key: (options or {}).get(key) for key in ("num_heads", "topk", "shortlist", "candidates")},
             }
         )
     return {
         "model": recipe.model,
         "layers": rows,
-        "converted": len(plan.configs),
-        "active_fraction": plan.active_fraction,
-        "router_fraction": plan.router_fraction,
+        "converted": len(plan.layers),
+        "bytes_fraction": plan.bytes_fraction,
+        "macs_fraction": plan.macs_fraction,
         "predicted_ratio": plan.predicted_ratio,
         "seconds": time.perf_counter() - start,
     }

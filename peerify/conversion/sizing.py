@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -74,6 +75,13 @@ def plan_layer(
     if estimate and rerank == "auto":
         rerank = "up"  # the factor that scores do not estimate
     num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
+    query_dim = min(rank, d_model) if low_rank else config.query_dim
+    if query_dim is None and (config.share_keys or config.query_norm):
+        query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
+    keys = {"d_model": d_model, "num_heads": num_heads, "grid": list(grid), "share_keys": bool(config.share_keys)}
+    keys |= {"query_dim": query_dim, "share_query": low_rank or bool(config.share_query)}
+    if compute is not None and config.active != 1:
+        compute = _left(config, path, d_ff, num_shared, vectors, router_cost(keys))
 
     topk, shortlist, candidates = config.topk, config.shortlist, config.candidates
     if compute is not None:
@@ -92,14 +100,8 @@ def plan_layer(
         )
     if candidates == topk:
         rerank = None
-    query_dim = min(rank, d_model) if low_rank else config.query_dim
-    if query_dim is None and (config.share_keys or config.query_norm):
-        query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
-    return {
-        "d_model": d_model,
+    return keys | {
         "num_experts": num_experts,
-        "grid": list(grid),
-        "num_heads": num_heads,
         "topk": min(topk, cells) if not joint_topk else topk,
         "shortlist": min(shortlist, cells) if not joint_topk else shortlist,
         "candidates": min(candidates, cells) if not joint_topk else candidates,
@@ -110,11 +112,8 @@ def plan_layer(
         "output_bias": output_bias,
         "num_shared": num_shared,
         "share_pool": share_pool,
-        "share_keys": bool(config.share_keys),
         "joint_topk": joint_topk,
         "gates": gates,
-        "query_dim": query_dim,
-        "share_query": low_rank or bool(config.share_query),
         "query_norm": bool(config.query_norm),
         "key_bias": not config.query_norm,  # a batch norm has a bias of its own
         "estimate": estimate,
@@ -140,21 +139,41 @@ def _require_room(path: str, d_model: int, d_ff: int, num_experts: int, num_shar
 
 
 def _compute(config: PeerConfig, path: str, d_ff: int, num_shared: int, vectors: int) -> float | None:
-    """What `active` leaves for routed experts, in multiply-adds per d_model: one projection of one expert is 1.
+    """What `active` leaves for routed experts beside a router of ROUTER_SHARE, in multiply-adds per d_model: one
+    projection of one expert is 1.
 
     None where numbers of experts are given instead. Raises ConversionError where it is less than one expert.
     """
     if config.active is None:
         return None
-    compute = config.active * vectors * d_ff - vectors * num_shared
+    router = 0.0 if config.active == 1 else config.active * vectors * d_ff * ROUTER_SHARE / (1 + ROUTER_SHARE)
+    return _left(config, path, d_ff, num_shared, vectors, router)
+
+
+def _left(config: PeerConfig, path: str, d_ff: int, num_shared: int, vectors: int, router: float) -> float:
+    """What `active` leaves beside always-on experts and a router that takes `router`; see `_compute`."""
+    assert config.active is not None
+    compute = config.active * vectors * d_ff - vectors * num_shared - router
     if compute < vectors:
-        least = (num_shared + 1) / d_ff
+        least = (num_shared + 1 + router / vectors) / d_ff
         also = " or lower num_shared" if num_shared else ""
         raise ConversionError(
-            f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them, the least "
-            f"there can be: raise active to at least {least:.2g}{also}"
+            f"{path}: active {config.active} of {d_ff} neurons is less than {num_shared + 1} of them and their router, "
+            f"the least there can be: raise active to at least {least:.2g}{also}"
         )
     return compute
+
+
+def router_cost(keys: Mapping[str, Any]) -> float:
+    """Numbers of queries and sub-keys, per d_model.
+
+    Args:
+        keys: "d_model", "grid", "num_heads", "share_keys", "query_dim" and "share_query" of a layer.
+    """
+    d_model, dim, heads = keys["d_model"], keys["query_dim"], keys["num_heads"]
+    query = 0 if dim is None else d_model * dim * (1 if keys["share_query"] else heads)
+    key_dim = d_model if dim is None else dim if keys["share_query"] else dim // 2
+    return (query + (1 if keys["share_keys"] else heads) * sum(keys["grid"]) * key_dim) / d_model  # type: ignore[no-any-return]
 
 
 def _compute_of_counts(config: PeerConfig, vectors: int) -> int:
@@ -173,7 +192,8 @@ def splits(config: PeerConfig, plan: dict[str, Any]) -> list[list[tuple[int, int
     if config.active is None or plan["rerank"] is None:
         return [[(plan["topk"], plan["shortlist"], plan["candidates"])]]
     vectors = 3 if plan["gated"] else 2
-    compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"]
+    router = 0.0 if config.active == 1 else router_cost(plan)
+    compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"] - router
     routed = plan["num_experts"] - plan["num_shared"]
     found = [
         dict.fromkeys(_split(compute, routed, plan["num_heads"], (share, ratio), vectors) for ratio in SHORTLIST)

@@ -3,7 +3,9 @@
 
 This folder's files need torch and transformers only. They are part of the peerify package *and* are copied verbatim
 beside the weights of every converted model, so that ``from_pretrained(..., trust_remote_code=True)`` works without
-peerify. The layer is in peer_layer.py; it retrieves experts by peer_keys.py and evaluates those of peer_experts.py.
+peerify. There are two layers: peer_elastic.py, whose experts have keys of their own (peer_copies.py), and
+peer_layer.py, which retrieves experts by product keys (peer_keys.py, peer_selection.py). Both take them from
+peer_experts.py.
 """
 
 from __future__ import annotations
@@ -19,11 +21,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.models.auto import configuration_auto
 
+from .peer_elastic import ElasticPEER
 from .peer_layer import PEER
 
-FORMAT = 1  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
-# The files that travel beside the weights: this one, and what it imports.
-FILES = ("modeling_peer.py", "peer_layer.py", "peer_keys.py", "peer_experts.py", "peer_selection.py")
+FORMAT = 2  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
+# The files that travel beside the weights: this one, and what it imports. On one line, which peerify reads.
+FILES = ("modeling_peer.py", "peer_copies.py", "peer_elastic.py", "peer_experts.py", "peer_keys.py", "peer_layer.py", "peer_selection.py")  # fmt: skip  # noqa: E501
+PREFILL = ("all", "budget")
+
+
+def make_layer(options: dict[str, Any]) -> PEER | ElasticPEER:
+    """A layer of what config.json says of it."""
+    options = dict(options)
+    return ElasticPEER(**options) if options.pop("kind", "product") == "elastic" else PEER(**options)
 
 
 class _Removed(nn.Identity):
@@ -36,7 +46,7 @@ class _Removed(nn.Identity):
     bias = property(lambda self: torch.empty(0, 1))
 
 
-def _absent_attribute(layer: PEER, name: str) -> Any:
+def _absent_attribute(layer: nn.Module, name: str) -> Any:
     """`PEER.__getattr__` while weights are initialised."""
     try:
         return nn.Module.__getattr__(layer, name)
@@ -50,6 +60,11 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
     Raises:
         ValueError: `peer` was written by a newer peerify, or names no module of this model.
     """
+    if peer["format"] < FORMAT:
+        raise ValueError(
+            f"the model was converted by a version of peerify before 0.1 (format {peer['format']}, and this one reads "
+            f"{FORMAT}): convert it again, or load it with trust_remote_code=True, by the code beside its weights"
+        )
     if peer["format"] > FORMAT:
         raise ValueError(
             f"the config's `peer` entry has format {peer['format']} and this modeling_peer.py reads up to {FORMAT}: "
@@ -68,8 +83,8 @@ def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
             except AttributeError:
                 continue
             found += 1
-            if not isinstance(old, PEER if new is not None else nn.Identity):
-                model.set_submodule(candidate, PEER(**new) if new is not None else _Removed())
+            if not isinstance(old, (PEER, ElasticPEER) if new is not None else nn.Identity):
+                model.set_submodule(candidate, make_layer(new) if new is not None else _Removed())
             break
     if peer["layers"] and not found:
         raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
@@ -96,7 +111,11 @@ def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
         "layers": {inside(path): layer for path, layer in peer["layers"].items() if inside(path)},
         "identities": [inside(path) for path in peer["identities"] if inside(path)],
     }
-    return _adopt_config(copy.deepcopy(config.get_text_config()), model_class, own)
+    text = _adopt_config(copy.deepcopy(config.get_text_config()), model_class, own)
+    for key in ("peer_active", "peer_prefill"):
+        if hasattr(config, key):
+            setattr(text, key, getattr(config, key))
+    return text
 
 
 class PeerModelMixin:
@@ -107,6 +126,7 @@ class PeerModelMixin:
 
     def post_init(self) -> None:
         _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
+        self.set_active(getattr(self.config, "peer_active", 1.0), getattr(self.config, "peer_prefill", "all"))  # type: ignore[attr-defined]
         # The models inside listed their tied weights when they still had the layers that are now replaced. Innermost
         # first: each list holds those of the children.
         for part in reversed([*self.modules()][1:]):  # type: ignore[attr-defined]
@@ -117,20 +137,41 @@ class PeerModelMixin:
                     part.all_tied_weights_keys.update({f"{name}.{k}": f"{name}.{v}" for k, v in tied.items()})
         super().post_init()  # type: ignore[misc]
 
+    def set_active(self, active: float, prefill: str | None = None) -> None:
+        """Spend that share of the dense layers' bytes for each token from now on, in layers that have budgets.
+
+        Args:
+            active: 1 evaluates every expert in full.
+            prefill: "all" evaluates every expert where a sequence brings more than a few tokens at once, "budget" keeps
+                to the budget there, too. None: as it is.
+
+        Raises:
+            ValueError: less than the layers' smallest budget, or no such way of prefill.
+        """
+        if prefill not in (None, *PREFILL):
+            raise ValueError(f"prefill must be {' or '.join(PREFILL)}, not {prefill!r}")
+        for layer in self.modules():  # type: ignore[attr-defined]
+            if isinstance(layer, ElasticPEER):
+                layer.set_active(active)
+                layer.prefill_all = layer.prefill_all if prefill is None else prefill == "all"
+        self.config.peer_active = active  # type: ignore[attr-defined]
+        if prefill is not None:
+            self.config.peer_prefill = prefill  # type: ignore[attr-defined]
+
     def initialize_weights(self) -> None:
         # The architecture's `_init_weights` knows nothing of these parameters, nor would a sub-model's be asked.
         for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, PEER):
+            if isinstance(module, PEER | ElasticPEER):
                 module.reset_parameters()
         # For classes from elsewhere, transformers leaves out modules without parameters of their own; but some
         # architectures fill the buffers of their parts there (Falcon-H1).
         # Others initialise the layers of a block by name (V-JEPA 2): what is gone lets everything be done to it.
         self.is_custom_code = lambda: False
-        PEER.__getattr__ = _absent_attribute  # type: ignore[assignment, method-assign]
+        PEER.__getattr__ = ElasticPEER.__getattr__ = _absent_attribute  # type: ignore[assignment, method-assign]
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:
-            del self.is_custom_code, PEER.__getattr__
+            del self.is_custom_code, PEER.__getattr__, ElasticPEER.__getattr__
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -212,12 +253,13 @@ def _register(config_class: type, base: type) -> None:
         autos[auto]._model_mapping.register(config_class, model, exist_ok=True)  # type: ignore[attr-defined]
 
 
-def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
+def adopt(model: PreTrainedModel, peer: dict[str, Any], active: float = 1.0) -> PreTrainedModel:
     """Make a dense model whose modules have been replaced an instance of its Peer class, in place.
 
     Args:
         model: an instance of a class of transformers; its PEER layers and identities are already in place.
-        peer: the config entry: {"format", "layers": {path: keyword arguments of PEER}, "identities": [path]}.
+        peer: the config entry: {"format", "layers": {path: options, see `make_layer`}, "identities": [path]}.
+        active: see `PeerModelMixin.set_active`.
 
     Raises:
         ValueError: the class of `model` is not part of transformers.
@@ -227,6 +269,7 @@ def adopt(model: PreTrainedModel, peer: dict[str, Any]) -> PreTrainedModel:
         raise ValueError(f"{name} is not a class of transformers: a converted model could not be loaded back")
     model.__class__ = globals().get("Peer" + name) or __getattr__("Peer" + name)
     _adopt_config(model.config, type(model), peer)
+    model.set_active(active, PREFILL[0])  # type: ignore[operator]
     return model
 
 

@@ -191,20 +191,22 @@ class ExpertPool(nn.Module):
 
     def activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """Activations a_i of experts from their projections: what multiplies their output vectors."""
-        return self.act(u) if gate is None else self._act(gate) * self._up(u)
+        return self.act(u) if gate is None else self.act_of(gate) * self.up_of(u)
 
-    def _act(self, gate: torch.Tensor) -> torch.Tensor:
+    def act_of(self, gate: torch.Tensor) -> torch.Tensor:
         """The activated gate projections, within their limits where the dense layer has any."""
         if "gate" in self.clamp:
             gate = gate.clamp(max=self.clamp["gate"])
         a = self.act(gate)
         return a.clamp(max=self.clamp["act"]) if "act" in self.clamp else a
 
-    def _up(self, u: torch.Tensor) -> torch.Tensor:
+    def up_of(self, u: torch.Tensor) -> torch.Tensor:
         if "up" in self.clamp:
             u = u.clamp(-self.clamp["up"], self.clamp["up"])
         return u + self.clamp["shift"] if "shift" in self.clamp else u
 
     def rerank_factor(self, projected: torch.Tensor) -> torch.Tensor:
         """Size of the factor of a_i that the probing projection determines."""
-        return (self._up(projected) if self.rerank == "up" and self.gate is not None else self._act(projected)).abs()
+        return (
+            self.up_of(projected) if self.rerank == "up" and self.gate is not None else self.act_of(projected)
+        ).abs()

@@ -274,22 +274,37 @@ class PEER(nn.Module):
         return self.pool.u.detach().new_empty(0, 1)
 
     @property
-    def active_fraction(self) -> float:
-        """Multiply-adds of the experts per token, as a share of the dense layer's (the router's not counted)."""
+    def bytes_fraction(self) -> float:
+        """Bytes of weights that a token reads, router and re-ranking among them, over the dense layer's."""
+        keys = self.keys.sub_keys.numel()
+        return self._expert_fraction + (self._query + keys if self.needs_routing else 0) / self._dense
+
+    @property
+    def macs_fraction(self) -> float:
+        """Multiply-adds of a token, router and re-ranking among them, over the dense layer's."""
+        scores = self.num_heads * sum(self.keys.grid) * self.keys.sub_keys.shape[-1]
+        return self._expert_fraction + (self._query + scores if self.needs_routing else 0) / self._dense
+
+    @property
+    def _dense(self) -> int:
+        """Weights of the dense layer."""
+        return (2 if self.pool.gate is None else 3) * self.d_ff * self.d_model
+
+    @property
+    def _query(self) -> int:
+        return 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()
+
+    @property
+    def _expert_fraction(self) -> float:
+        """What evaluating experts takes, candidates that re-ranking then drops among them."""
         factors = 2 if self.pool.gate is None else 3
         probed = self.candidates if self.pool.rerank is not None else self.topk
         shortlisted = 0 if self.pool.gate is None else self.shortlist
         return (probed + shortlisted + self.topk + factors * self.num_shared) / (factors * self.d_ff)
 
-    @property
-    def router_fraction(self) -> float:
-        """Multiply-adds of queries and sub-keys per token, as a share of the dense layer's; 0: nothing to choose."""
-        if not self.needs_routing:
-            return 0.0
-        rows, columns = self.keys.grid
-        query = 0 if self.keys.query_proj is None else self.keys.query_proj.weight.numel()
-        scores = self.num_heads * (rows + columns) * self.keys.sub_keys.shape[-1]
-        return (query + scores) / ((2 if self.pool.gate is None else 3) * self.d_ff * self.d_model)
+    def usage(self, x_td: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+        """`active_experts`, and the bytes and multiply-adds of a token, over the dense layer's."""
+        return self.active_experts(x_td), self.bytes_fraction, self.macs_fraction
 
     def extra_repr(self) -> str:
         rows, columns = self.keys.grid

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from peerify.checkpoint.load import load_skeleton
+from peerify.config.peer import PeerConfig
 from peerify.config.recipe import Recipe
 from peerify.config.train import StageConfig, TrainConfig
 from peerify.conversion.sizing import plan_layer
 from peerify.data import check_windows
-from peerify.discovery.sites import find_feedforwards, select_sites
+from peerify.discovery.sites import Site, find_feedforwards, select_sites
 from peerify.errors import ConversionError
+from peerify.modeling.peer_elastic import Budget, ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
@@ -77,23 +79,33 @@ def _converted_skeleton(recipe: Recipe) -> tuple[Any, int]:
     for site in sites:
         if not site.convertible:
             raise ConversionError(f"{site.path} cannot be converted: {site.reason}")
-        options = plan_layer(
-            recipe.convert,
-            path=site.path,
-            d_model=site.d_model,
-            d_ff=site.d_ff,
-            gated=site.kind == "gated",
-            activation=site.activation,
-        )
-        if options["rerank"] == "auto":
-            options["rerank"] = "up"
         with torch.device("meta"):
-            layer = PEER(**options)
+            layer = _elastic(site, recipe.convert) if recipe.convert.has_copies else _product(site, recipe.convert)
         _put(dense, site.path, layer)
     return dense, dense_parameters
 
 
-def _put(model: nn.Module, path: str, layer: PEER) -> None:
+def _elastic(site: Site, config: PeerConfig) -> ElasticPEER:
+    layer = ElasticPEER(
+        site.d_model, site.d_ff, activation=site.activation, gated=site.kind == "gated",
+        bits=config.bits, group=min(config.group, site.d_model),
+    )  # fmt: skip
+    active = config.active or 0.5  # to reach a loss, calibration text will tell
+    layer.budget = None if active == 1 else Budget(active, inputs=1.0, price=1.0, bytes=active, macs=active)
+    return layer
+
+
+def _product(site: Site, config: PeerConfig) -> PEER:
+    options = plan_layer(
+        config, path=site.path, d_model=site.d_model, d_ff=site.d_ff, gated=site.kind == "gated",
+        activation=site.activation,
+    )  # fmt: skip
+    if options["rerank"] == "auto":
+        options["rerank"] = "up"
+    return PEER(**options)
+
+
+def _put(model: nn.Module, path: str, layer: PEER | ElasticPEER) -> None:
     """In place of the dense layer; where its parts are spliced in, they stay beside it, which counts them too often."""
     model.set_submodule(path, layer)
 

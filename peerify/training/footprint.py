@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peerify.config.train import StageConfig, TrainConfig
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 
 PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
@@ -56,6 +57,7 @@ def memory_of(
         "gradients": 4 * trainable,
         "casts": 2 * parameters if half == 2 else 0,  # autocast keeps the half-precision copies of a step
         "activations": tokens * bytes_per_token,
+        "copies": 4 * _copied_numbers(model),
         "logits": logits,
     }
     checkpoint = max(0, 4 * parameters + optimizer - sum(step.values()))
@@ -69,12 +71,25 @@ def _layer_numbers(model: Any, stage: StageConfig) -> int:
     head = model.get_output_embeddings()
     inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, PEER):
+        if isinstance(module, PEER | ElasticPEER):
             inside |= {id(part) for part in module.modules()}
-            total += _peer_numbers(module, stage)
+            total += _peer_numbers(module, stage) if isinstance(module, PEER) else _elastic_numbers(module)
         elif isinstance(module, nn.Linear) and module is not head and id(module) not in inside:
             total += module.out_features
     return total
+
+
+def _elastic_numbers(layer: ElasticPEER) -> int:
+    # Of each expert in full: its projections, the activated one, and what multiplies its output vector. Of its copy
+    # the same, and of the choice two bits of a byte each.
+    in_full = 2 if layer.pool.gate is None else 4
+    return (in_full if layer.budget is None else 2 * in_full + 1) * layer.num_experts + layer.d_model
+
+
+def _copied_numbers(model: Any) -> int:
+    """Numbers of the copies of experts, where a budget needs them."""
+    pools = [layer.pool for layer in model.modules() if isinstance(layer, ElasticPEER) and layer.budget is not None]
+    return sum(table.numel() for pool in pools for table in (pool.u, pool.gate, pool.v) if table is not None)
 
 
 def _peer_numbers(layer: PEER, stage: StageConfig) -> int:

@@ -91,8 +91,9 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
         trains = group in (EXPERTS, ROUTER) or stage.train in ("full", "lisa") or ".lora_" in name
         if group == ROUTER and stage.optimizer.router_scale == 0:
             trains = False
-        if group == EXPERTS and (stage.optimizer.experts_scale == 0 or ".rerank_" in name):
-            trains = False  # what re-ranks is never reached by a gradient
+        measured = ".rerank_" in name or name.endswith(".input_rms")  # never reached by a gradient
+        if group == EXPERTS and (stage.optimizer.experts_scale == 0 or measured):
+            trains = False
         if group == ROUTER and name.endswith(".deviation"):
             trains = False  # measured, not learned
         parameter.requires_grad_(trains)

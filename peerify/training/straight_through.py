@@ -109,7 +109,9 @@ class StraightThrough:
             every: one token in so many gives its gradient to the router, in `losses`, too.
             with_losses: keep what the gradient of `losses` needs while `recording`.
         """
-        self.layers = peer_layers(model)
+        self.layers = {path: layer for path, layer in peer_layers(model).items() if hasattr(layer, "keys")}
+        self._elastic = {path: layer for path, layer in peer_layers(model).items() if path not in self.layers}
+        self._used: dict[str, tuple[Tensor, float, float]] = {}
         self.temperature = temperature
         self.every = every
         self.with_losses = with_losses
@@ -117,11 +119,20 @@ class StraightThrough:
         self._seen: dict[str, _Seen] = {}
 
     def __enter__(self) -> StraightThrough:
+        for path, layer in self._elastic.items():
+
+            def used(mask_tn: Tensor, read: float, done: float, path: str = path) -> None:
+                if self.recording:
+                    self._used[path] = mask_tn.sum(0), read, done
+
+            layer.watch(used)
         for path, layer in self.layers.items():
             layer.forward = self._forward_of(path, layer)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        for layer in self._elastic.values():
+            layer.watch(None)
         for layer in self.layers.values():
             del layer.forward  # the method of the class shows again
 
@@ -240,15 +251,16 @@ class StraightThrough:
     @torch.no_grad()
     def statistics(self) -> dict[str, dict[str, float]]:
         """Path -> {"used": share of experts retrieved, "kl_uniform": their unevenness, "gate": mean gate value of
-        those retrieved, "score_mean", "score_std"}, of the last recorded forward pass."""
-        result = {}
+        those retrieved, "score_mean", "score_std"}, of the last recorded forward pass; of layers with budgets {"used",
+        "kl_uniform", "bytes", "macs"}, the last two as shares of the dense layer's."""
+        result: dict[str, dict[str, float]] = {}
+        for path, (count_n, read, done) in self._used.items():
+            result[path] = {**_evenness(count_n), "bytes": read, "macs": done}
         for path, seen in self._seen.items():
-            share_n = seen.count_n.double() / seen.count_n.sum().clamp_min(1)
             cell = seen.row_tha.float().mean() + seen.column_thb.float().mean()
             variance = seen.row_tha.float().var() + seen.column_thb.float().var()
             result[path] = {
-                "used": (seen.count_n > 0).double().mean().item(),
-                "kl_uniform": max(0.0, math.log(len(share_n)) - torch.special.entr(share_n).sum().item()),
+                **_evenness(seen.count_n),
                 "gate": seen.gate.item(),
                 "score_mean": cell.item(),
                 "score_std": variance.sqrt().item(),
@@ -258,6 +270,16 @@ class StraightThrough:
     def forget(self) -> None:
         """Drop what is on record, and with it the graph it holds."""
         self._seen.clear()
+        self._used.clear()
+
+
+def _evenness(count_n: Tensor) -> dict[str, float]:
+    """Share of experts that were used, and how unevenly."""
+    share_n = count_n.double() / count_n.sum().clamp_min(1)
+    return {
+        "used": (count_n > 0).double().mean().item(),
+        "kl_uniform": max(0.0, math.log(len(share_n)) - torch.special.entr(share_n).sum().item()),
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,8 +220,17 @@ def _check_model(ours: DenseModel, recipe: Recipe) -> None:
     model: Any = ours.model
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise UsageError(f"{recipe.output} is a {type(model).__name__}: only causal language models can be trained")
-    layers = require_peer(model)
+    layers = {path: layer for path, layer in require_peer(model).items() if hasattr(layer, "keys")}
     for number, stage in enumerate(recipe.training.stages):
+        terms = stage.objectives
+        wanted = {"balance_rate": stage.balance_rate, "objectives.load_balance": terms.load_balance}
+        wanted["objectives.z_loss"] = terms.z_loss
+        asked = [name for name, value in wanted.items() if value]
+        if asked and not layers:
+            raise UsageError(
+                f"train.stages.{number}.{asked[0]} is for product keys, and experts of this model have copies as keys: "
+                "drop it"
+            )
         if stage.balance_rate and any(layer.keys.sub_key_bias is None for layer in layers.values()):
             raise UsageError(
                 f"train.stages.{number}.balance_rate moves the sub-keys' biases, and these PEER layers have none "

@@ -9,12 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from peerify.evaluation import prefill
 from peerify.training import objectives
 
 
 @torch.no_grad()
 def perplexity(model: Any, test_bt: Tensor, accelerator: Accelerator) -> float:
-    """Of `model`, as distributed, on windows of token ids (b, t), each process on its part."""
+    """Of `model`, as distributed, at its budget, on windows of token ids (b, t), each process on its part."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     # Under FSDP every process takes part in every forward pass: equal counts, the last ones again if need be.
@@ -23,7 +24,7 @@ def perplexity(model: Any, test_bt: Tensor, accelerator: Accelerator) -> float:
     for number in range(rounds):
         which = number * world + rank
         ids = test_bt[min(which, len(test_bt) - 1)][None].to(accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), prefill(model, everything=False):
             logits = model(input_ids=ids, use_cache=False).logits
         logits, targets = objectives.shifted(logits, ids, torch.ones_like(ids, dtype=torch.bool))
         if which < len(test_bt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -26,8 +27,9 @@ from baselines import (
 from checkpoints import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods import METHODS, Maker, conversion_code, parse_method
+from methods import METHODS, Made, Maker, conversion_code, parse_method
 from reference import Reference
+from sparsity import SPARSITY
 from tiny import FAMILIES, inputs_for, logits, relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +39,7 @@ from peerify.conversion.calibration import token_batches
 from peerify.conversion.feedforward import FeedForward
 from peerify.discovery.sites import find_feedforwards, select_sites
 from peerify.errors import UsageError
+from peerify.evaluation import evaluate
 
 SEED = 7
 
@@ -259,28 +262,55 @@ def test_random_layers_keep_their_neurons_and_forget_their_keys() -> None:
     dense = perplexity(model, windows)
     everything = maker.make(parse_method("random-keys"), 1.0)
     assert perplexity(everything.model, windows) == pytest.approx(dense, rel=1e-4)
-    assert everything.costs()["spent"] == 1.0
+    assert costs_of(everything, windows)["bytes"] == 1.0
     half, fitted = (maker.make(parse_method(name), 0.5) for name in ("random-keys", "product-keys"))
-    assert half.costs()["spent"] == pytest.approx(0.5, abs=0.1)
+    assert costs_of(half, windows)["bytes"] <= 0.5
     before = {tuple(row) for layer in fitted.layers for row in layer.keys.sub_keys.flatten(0, -2).tolist()}
     after = {tuple(row) for layer in half.layers for row in layer.keys.sub_keys.flatten(0, -2).tolist()}
     assert not before & after
-    for made, same in ((half, True), (maker.make(parse_method("random-peer"), 0.5), False)):
+    for made, same in ((half, True), (maker.make(parse_method("random-peer+num_heads=1+query_dim=2"), 0.5), False)):
         for layer, site in zip(made.layers, maker.sites, strict=True):
             neurons = {tuple(row) for row in model.get_submodule(site.up.path).weight.tolist()}
             assert ({tuple(row) for row in layer.pool.u.tolist()} == neurons) is same
     assert perplexity(model, windows) == dense  # the dense model is left as it was
 
 
+def costs_of(made: Made, windows: torch.Tensor) -> dict[str, float]:
+    return made.costs(evaluate(made.model, windows)["layers"])
+
+
 def test_costs_of_a_conversion_are_its_own() -> None:
     windows = torch.randint(VOCABULARY, (4, 32))
     model = tiny_model("llama", intermediate_size=96, hidden_size=32)
-    made = Maker(model, windows, SEED).make(parse_method("peerify+num_shared=8+refine_steps=0"), 0.5)
-    costs = made.costs()
-    again = convert(model, PeerConfig(active=0.5, num_shared=8, refine_steps=0), windows)
-    assert costs["spent"] == pytest.approx(again.active_fraction)
-    assert costs["router"] == pytest.approx(again.router_fraction / (again.active_fraction - 8 / 96))
-    assert costs["router_max"] >= costs["router"] > 0
+    made = Maker(model, windows, SEED).make(parse_method("product-keys+num_shared=8+refine_steps=0"), 0.5)
+    costs = costs_of(made, windows)
+    again = convert(copy.deepcopy(model), PeerConfig(active=0.5, num_shared=8, refine_steps=0), windows)
+    assert costs == {
+        "bytes": pytest.approx(again.bytes_fraction),
+        "macs": pytest.approx(again.macs_fraction),
+    }
+
+
+def test_one_conversion_serves_every_budget() -> None:
+    windows = torch.randint(VOCABULARY, (8, 32))
+    maker = Maker(tiny_model("llama", intermediate_size=96, hidden_size=32), windows, SEED)
+    costs = {}
+    for active in (0.4, 0.7, 1.0):
+        made = maker.make(parse_method("peerify"), active)
+        costs[active] = costs_of(made, windows)["bytes"]
+    assert costs[0.4] < costs[0.7] < costs[1.0] == 1
+    assert costs[0.7] == pytest.approx(0.7, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+def test_fewer_inputs_and_fewer_bits(name: str) -> None:
+    model, windows = tiny_model("llama", intermediate_size=96, hidden_size=32), torch.randint(VOCABULARY, (8, 32))
+    maker, dense = Maker(model, windows, SEED), perplexity(model, windows)
+    everything, half = (maker.make(parse_method(name), share) for share in (1.0, 0.5))
+    assert perplexity(everything.model, windows) == pytest.approx(dense, rel=1e-5)
+    assert everything.costs([])["bytes"] == pytest.approx(1)
+    assert perplexity(half.model, windows) != dense
+    assert 0.4 < half.costs([])["bytes"] <= 0.55
 
 
 def test_names_and_options_of_methods() -> None:

@@ -16,6 +16,7 @@ from methods import Maker
 from summary import markdown
 
 from peerify import PeerConfig, convert, perplexity
+from peerify.evaluation import evaluate
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def read(out: Path) -> Any:
 def figures(results: Any) -> Any:
     """All that does not depend on the clock."""
     return sorted(
-        (cell["method"], cell["active"], cell["spent"], cell["test"]["ratio"], cell["ood"]["kl"])
+        (cell["method"], cell["active"], cell["bytes"], cell["test"]["ratio"], cell["ood"]["kl"])
         for cell in results["cells"]
     )
 
@@ -47,7 +48,8 @@ def test_a_run_stops_resumes_and_grows(
     pictures: list[Path] = []
     monkeypatch.setattr(run, "draw", lambda results, path: pictures.append(path))
     whole, out = tmp_path / "whole", tmp_path / "out"
-    asked = [*arguments, "--methods", "static,no-refine,no-refine+allocation=uniform", "--active", "0.5,1"]
+    methods = "static,product-keys+refine_steps=0,product-keys+refine_steps=0+allocation=uniform"
+    asked = [*arguments, "--methods", methods, "--active", "0.5,1"]
     assert run.main([*asked, "--out", str(whole), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert figures(printed) == figures(read(whole))
@@ -92,10 +94,10 @@ def test_cells_of_changed_code_are_measured_again(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "draw", lambda results, path: None)
-    asked = [*arguments, "--methods", "static,no-refine", "--active", "0.5", "--out", str(tmp_path)]
+    asked = [*arguments, "--methods", "static,uniform", "--active", "0.5", "--out", str(tmp_path)]
     assert run.main(asked) == 0
     results = read(tmp_path)
-    cell = next(cell for cell in results["cells"] if cell["method"] == "no-refine")
+    cell = next(cell for cell in results["cells"] if cell["method"] == "uniform")
     cell["identity"]["code"] = "older"
     (tmp_path / "results.json").write_text(json.dumps(results))
     make, made = Maker.make, []
@@ -106,7 +108,7 @@ def test_cells_of_changed_code_are_measured_again(
 
     monkeypatch.setattr(Maker, "make", noting)
     assert run.main(asked) == 0
-    assert made == ["no-refine"]
+    assert made == ["uniform"]
     assert len(read(tmp_path)["cells"]) == 2
 
 
@@ -114,7 +116,7 @@ def test_a_cell_holds_what_the_library_measures(arguments: list[str], tmp_path: 
     from peerify import load_dense
     from peerify.data import load_windows
 
-    assert run.main([*arguments, "--methods", "no-refine", "--active", "0.5", "--out", str(tmp_path)]) == 0
+    assert run.main([*arguments, "--methods", "peerify", "--active", "0.5", "--out", str(tmp_path)]) == 0
     dense = load_dense(arguments[1])
     calibration = load_windows([arguments[3]], dense.tokenizer, context=32, max_tokens=256)
     for key, text in (("test", arguments[5]), ("ood", arguments[7])):
@@ -122,9 +124,12 @@ def test_a_cell_holds_what_the_library_measures(arguments: list[str], tmp_path: 
         model = load_dense(arguments[1]).model
         expected = perplexity(model, windows)
         assert read(tmp_path)["dense"][key] == pytest.approx(expected)
-        conversion = convert(model, PeerConfig(active=0.5, refine_steps=0), calibration)
+        conversion = convert(model, PeerConfig(active=0.5), calibration)
         assert read(tmp_path)["cells"][0][key]["perplexity"] == pytest.approx(perplexity(conversion.model, windows))
-        assert read(tmp_path)["cells"][0]["spent"] == conversion.active_fraction
+        if key == "test":
+            layers = evaluate(conversion.model, windows)["layers"]
+            spent = sum(layer["bytes_fraction"] for layer in layers) / len(layers)
+            assert read(tmp_path)["cells"][0]["bytes"] == pytest.approx(spent)
 
 
 def test_a_method_without_room_says_why_and_the_others_go_on(arguments: list[str], tmp_path: Path) -> None:
@@ -149,7 +154,12 @@ def test_wrong_use_is_refused_in_one_sentence(
 
 def made_up_results(methods: int) -> dict[str, Any]:
     def text() -> dict[str, float]:
-        return {"perplexity": 30.0, "ratio": math.exp(6 * random.random()), "kl": random.random()}
+        return {
+            "perplexity": 30.0,
+            "ratio": math.exp(6 * random.random()),
+            "kl": random.random(),
+            "agreement": random.random(),
+        }
 
     names = [random_text(random.randint(3, 12)).replace(" ", "-") + str(i) for i in range(methods)]
     cells = [
@@ -157,9 +167,8 @@ def made_up_results(methods: int) -> dict[str, Any]:
             "method": names[i],
             "active": active,
             "identity": {},
-            "spent": active,
-            "router": None if i == 0 else random.random() / 4,
-            "router_max": None if i == 0 else random.random() / 2,
+            "bytes": active,
+            "macs": 1.5 * active,
             "seconds": 100 * random.random(),
             "test": text(),
             "ood": text(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from huggingface_hub import ModelCard
 
 from peerify.checkpoint import frontmatter
 from peerify.checkpoint.card import record_results, write_card
+from peerify.config.peer import PeerConfig
+from peerify.conversion.sizing import plan_layer
 from peerify.errors import PublishError
 
 
@@ -127,15 +130,15 @@ def test_card_is_what_the_hub_reads(folder: Path) -> None:
         assert part in card.text, part
     layers = json.loads((folder / "config.json").read_text())["peer"]["layers"]
     for path, layer in layers.items():
-        rows, columns = layer["grid"]  # shares, and with them the form of the router, depend on the random model
-        router = f"a key each, rank {layer['query_dim']}"
-        if not layer["share_query"]:
-            router = f"product keys, {layer['num_heads']} × ({rows} × {columns})"
-        added = layer["num_heads"] * layer["topk"]
-        assert f"| `{path}` | {layer['num_experts']} | {router} | {added} of" in card.text
-    few = sorted({layer["num_heads"] * layer["topk"] + layer["num_shared"] for layer in layers.values()})
-    assert f"{' to '.join(map(str, few[:1] + few[1:][-1:]))} of 24 are retrieved" in card.text
-    assert "fitted in closed form and refined by gradient" in card.text
+        shares = [row[0] for row in layer["budgets"]]
+        budgets = f"{shares[0]:.1%} to {shares[-1]:.1%} of the bytes, or all"
+        error = f"{values['layer_errors'][path]:.4f}"
+        assert f"| `{path}` | 24 | copies of 4 bits | {budgets} | {error} |" in card.text
+    assert "and 24 in each layer, of which a token uses a part" in card.text
+    spent = f"reads {values['bytes_fraction']:.1%} of the dense layer's bytes (in bfloat16) and takes "
+    assert spent + f"{values['macs_fraction']:.1%} of its multiply-adds" in card.text
+    assert "`model.set_active(0.25)`" in card.text
+    assert "are the dense layers' neurons, unchanged, with copies in a few bits as keys" in card.text
     before = (folder / "README.md").read_bytes()
     write_card(folder)
     assert (folder / "README.md").read_bytes() == before
@@ -154,16 +157,30 @@ def test_what_people_say_of_the_base_model_is_in_the_text(folder: Path) -> None:
 
 def test_the_card_of_product_keys_and_of_nothing_to_choose(folder: Path) -> None:
     values, config = record(folder), json.loads((folder / "config.json").read_text())
-    for path in config["peer"]["layers"]:
-        config["peer"]["layers"][path] |= {"share_query": False, "grid": [4, 6], "num_heads": 1, "topk": 24}
+    shape: dict[str, Any] = {"path": "x", "d_model": 16, "d_ff": 24, "gated": True, "activation": "silu"}
+    layer = plan_layer(PeerConfig(active=0.75, keys="product"), **shape)
+    grid = {"share_query": False, "grid": [4, 6], "num_heads": 1, "topk": 24, "num_shared": 0}
+    paths = list(config["peer"]["layers"])
+
+    def text_with(layers: list[dict[str, Any]]) -> str:
+        config["peer"]["layers"] = dict(zip(paths, layers, strict=True))
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "peerify.json").write_text(json.dumps(values))
+        write_card(folder)
+        return (folder / "README.md").read_text()
+
+    assert layer["share_query"]
+    text = text_with([layer, *[layer | grid] * (len(paths) - 1)])
+    added = layer["num_heads"] * layer["topk"]
+    assert f"| `{paths[0]}` | 24 | a key each, rank {layer['query_dim']} | {added} of " in text
+    assert f"| `{paths[1]}` | 24 | product keys, 1 × (4 × 6) | 24 of " in text
+    refined = "fitted in closed form and refined by gradient together with the experts, a layer at a time"
+    assert f"{refined}, the experts' output vectors refitted to what it retrieves, on 256 tokens of text.txt." in text
+    assert "set_active" not in text
+
     values["files"] = ["preprocessor_config.json"]
     values["calibration"] = {"inputs": 32}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "peerify.json").write_text(json.dumps(values))
-    write_card(folder)
-    text = (folder / "README.md").read_text()
-    assert "| product keys, 1 × (4 × 6) | 24 of " in text
-    assert "and 24 of 24 are retrieved" in text
+    text = text_with([layer | grid] * len(paths))
     assert "fitted in closed form, on 32 inputs of text.txt." in text
     assert 'processor = AutoProcessor.from_pretrained("PATH_OR_ID")' in text
     assert "AutoTokenizer" not in text

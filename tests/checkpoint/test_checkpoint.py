@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from peerify.checkpoint.load import load_dense, load_for_eval, load_skeleton
 from peerify.errors import CheckpointError
+from peerify.modeling.modeling_peer import FORMAT
 
 
 def test_directory_loads_as_saved(dense: Path) -> None:
@@ -82,7 +83,7 @@ def test_quiet_and_restored(dense: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_converted_models_are_for_evaluation_only(dense: Path) -> None:
-    edit_json(dense / "config.json", peer={"format": 1, "layers": {}, "identities": []})
+    edit_json(dense / "config.json", peer={"format": FORMAT, "layers": {}, "identities": []})
     assert "already a PEER model" in refusal(dense)
     with pytest.raises(CheckpointError, match="already a PEER model"):
         load_skeleton(dense)
@@ -94,3 +95,6 @@ def test_converted_models_are_for_evaluation_only(dense: Path) -> None:
     )
     assert "already a PEER model" in refusal(dense)
     assert type(load_for_eval(dense).model).__name__ == "PeerLlamaForCausalLM"
+    edit_json(dense / "config.json", peer={"format": FORMAT - 1, "layers": {}, "identities": []})
+    with pytest.raises(CheckpointError, match=r"an? .*version of peerify before 0\.1 .*: convert it again"):
+        load_for_eval(dense)

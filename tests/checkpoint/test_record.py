@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hub_client import record as raw
 
-from peerify.checkpoint.record import check_result, read_record, write_record
+from peerify.checkpoint.record import check_layers, check_result, read_record, write_record
 from peerify.errors import OutputError, PublishError
 
 
@@ -34,7 +34,7 @@ def test_what_peerify_writes_is_read_and_written_as_it_was(folder: Path) -> None
         ({"source": {"model": "x", "license": {"a": 1}}}, r"source\.license: .*string"),
         ({"recipe": {"convert": {}, "calibration": {"data": "x"}}}, r"recipe\.calibration\.data: .*list"),
         ({"calibration": {}}, "calibration has neither tokens nor inputs"),
-        ({"active_fraction": "0.5"}, r"active_fraction: .*number"),
+        ({"bytes_fraction": "0.5"}, r"bytes_fraction: .*number"),
         ({"layer_errors": {"a": "x"}}, r"layer_errors\.a"),
         ({"evaluation": [{"tokens": 3}]}, r"evaluation\.0\.perplexity: field required"),
         ({"training": {"steps": 3}}, "training has no tokens or no recipe"),
@@ -54,6 +54,30 @@ def test_what_peerify_does_not_write(folder: Path, changes: dict[str, Any], mess
     assert str(caught.value).endswith("; convert again")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"kind": "product"}, r"product\.grid: field required"),
+        ({"kind": "linear"}, "'linear'"),
+        ({"bits": 9}, r"bits: .*less than or equal to 8, not 9"),
+        ({"num_experts": "24"}, r"num_experts: .*integer"),
+        ({"budgets": [[0.5, 1.0, 0.1]]}, r"budgets\.0: .*at least 5 items"),
+        ({"budgets": [[0.5, 1.0, 0.1, 0.5, float("inf")]]}, r"budgets\.0\.4: .*finite number"),
+    ],
+)
+def test_layers_that_peerify_does_not_write(folder: Path, changes: dict[str, Any], message: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    layer = next(iter(config["peer"]["layers"].values()))
+    assert layer["kind"] == "elastic"
+    layer |= changes
+    if not message:
+        check_layers(config, "config.json", PublishError)
+        return
+    with pytest.raises(PublishError, match=rf"config\.json: peer.*{message}.*; convert again$"):
+        check_layers(config, "config.json", PublishError)
 
 
 @pytest.mark.parametrize("text", ["{bad", "[]", "{}", "", "[" * 100_000, "\ufeff{}", "NaN"])

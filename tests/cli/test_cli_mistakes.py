@@ -14,6 +14,7 @@ from command_line import CONVERT, files, run, spawn, stand_in  # noqa: F401
 
 from peerify import errors
 
+PRODUCT = ["--set", "convert.keys=product"]
 PLAN = ["inspect", "llama", "--plan"]
 EVAL = ["eval", "llama", "--context", "32", "--data"]
 
@@ -35,7 +36,19 @@ EVAL = ["eval", "llama", "--context", "32", "--data"]
         ([*PLAN], 2, "needs calibration text: pass --calibration"),
         ([*PLAN, "--active", "0.5", "--max-loss", "1.1"], 2, "active and max_loss both set the compute"),
         (
-            [*PLAN, "--calibration", "text.txt", "--context", "32", "--layers", "auto", "--active", "0.99"],
+            [
+                *PLAN,
+                "--calibration",
+                "text.txt",
+                "--context",
+                "32",
+                "--layers",
+                "auto",
+                "--active",
+                "0.99",
+                "--set",
+                "convert.keys=product",
+            ],
             1,
             r"no layer can be converted within active 0\.99",
         ),
@@ -92,7 +105,16 @@ EVAL = ["eval", "llama", "--context", "32", "--data"]
             1,
             r"2,147,483,648 experts of width 16 take 412 GB, and this machine",
         ),
-        ([*CONVERT, "--active", "1e-9"], 1, r"active 1e-09 of 24 neurons is less than 1 of them, .*at least 0\.042"),
+        (
+            [*CONVERT, "--active", "1e-9"],
+            1,
+            r"active 1e-09 cannot be reached: .* takes 0\.\d+ of the bytes; raise active",
+        ),
+        (
+            [*CONVERT, "--active", "1e-9", "--set", "convert.keys=product"],
+            1,
+            r"active 1e-09 of 24 neurons is less than 1 of them and",
+        ),
         ([*CONVERT, "--calibration", "\udcff.txt"], 2, r"--calibration: data '\\udcff\.txt' is not UTF-8: rename it"),
         (["convert", "\udcff", "out"], 2, r"MODEL: model '\\udcff' is not UTF-8: rename it"),
         (["convert", "llama", "\udcff"], 2, r"OUT: output '\\udcff' is not UTF-8: rename it"),

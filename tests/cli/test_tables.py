@@ -15,7 +15,8 @@ from peerify.cli import progress_report, tables
 
 def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "model." + "very_long_name." * 12 + "mlp"
-    layer = {"path": path, "num_experts": 1536, "active": 0.5, "usage": 0.998, "kl_uniform": 0.35}
+    layer = {"path": path, "num_experts": 1536, "usage": 0.998, "kl_uniform": 0.35}
+    layer |= {"bytes_fraction": 0.5, "macs_fraction": 1.1}
     result = {"model": "m", "perplexity": 45.1, "tokens": 16384, "against": None, "layers": [layer] * 30}
     tables.print_evaluation(result)
     out = capsys.readouterr().out
@@ -27,7 +28,7 @@ def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]
 def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cost = {"dense": 4000, "converted": 2000, "router": 100}
+    cost = {"dense": 4000, "converted": 2000}
     site = {"kind": "gated", "d_model": 8, "d_ff": 32, "activation": "silu", "parameters": 768}
     site |= {"convertible": True, "reason": None, "bytes_per_token": cost, "flops_per_token": cost}
     sites = [site | {"path": f"h.{i}.mlp"} for i in range(12)]
@@ -45,7 +46,7 @@ def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
         ["10–11", "h.10–11.mlp"],
     ]
     assert " ".join(rows[1]).endswith("8×32 because its weights are shared")
-    assert " ".join(rows[3]).endswith("8×64 4 kB 2 kB 100 B")
+    assert " ".join(rows[3]).endswith("8×64 4 kB 2 kB 4 k 2 k")
 
 
 def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,15 +55,16 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_plan_shows_what_stays_dense(capsys: pytest.CaptureFixture[str]) -> None:
-    layer = {"sensitivity": 0.0123, "active": 0.25, "router": 0.06, "num_heads": 1, "topk": 18, "candidates": 36}
-    dense = dict.fromkeys(("num_heads", "topk", "candidates")) | {"sensitivity": 4.5, "active": 1.0, "router": 0.0}
+    cost = {"bytes_fraction": 0.25, "macs_fraction": 0.3}
+    layer = {"sensitivity": 0.0123, "num_heads": 1, "topk": 18, "candidates": 36} | cost
+    dense = dict.fromkeys(("num_heads", "topk", "candidates")) | {"sensitivity": 4.5} | dict.fromkeys(cost, 1.0)
     layers = [layer | {"path": "a.0.mlp", "converted": True}, dense | {"path": "a.1.mlp", "converted": False}]
-    result = {"model": "m", "layers": layers, "converted": 1, "active_fraction": 0.625, "router_fraction": 0.03}
+    result = {"model": "m", "layers": layers, "converted": 1, "bytes_fraction": 0.625, "macs_fraction": 0.65}
     tables.print_plan(result | {"predicted_ratio": 1.0987, "seconds": 3.0})
     out = capsys.readouterr().out
-    assert re.search(r"a\.0\.mlp +0\.0123 +25\.0% +1 × 18 of 36 +6\.0%", out)
+    assert re.search(r"a\.0\.mlp +0\.0123 +25\.0% +30\.0% +1 × 18 of 36", out)
     assert re.search(r"a\.1\.mlp +4\.5000 +dense *$", out, re.MULTILINE)
-    assert "1 of 2 layers would be converted, with 62.5% of the compute of all 2 active" in out
+    assert "1 of 2 layers would be converted; of all 2 a token would read 62.5% of the bytes" in out
     assert "predicted perplexity: 1.099×" in out
 
 
@@ -77,23 +79,24 @@ def test_the_conversion_table(capsys: pytest.CaptureFixture[str]) -> None:
     }
     # as config.json has them: sorted as text
     layers = [
-        layer | {"path": "a.10.mlp", "candidates": None, "active": 1.0},
-        layer | {"path": "a.9.mlp", "active": 0.5},
+        layer | {"path": "a.10.mlp", "candidates": None, "bytes_fraction": 1.0, "macs_fraction": 1.0},
+        layer | {"path": "a.9.mlp", "bytes_fraction": 0.5, "macs_fraction": 0.625},
     ]
     result = {
         "layers": ["a.9.mlp", "a.10.mlp"],
         "output": "OUT",
-        "active_fraction": 0.75,
-        "router_fraction": 0.098,
+        "bytes_fraction": 0.75,
+        "macs_fraction": 0.8125,
         "seconds": 61.4,
         "peak_rss_mb": 1234.5,
     }
     tables.print_conversion(result | {"layer_errors": {"a.9.mlp": 0.01234}}, layers)
     out = capsys.readouterr().out
-    first = r"a\.9\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +0\.0123"
-    second = r"a\.10\.mlp +1,536 +6×8 +32 × 18 +100\.0% +–"
+    first = r"a\.9\.mlp +1,536 +6×8 +32 × 18 of 36 +50\.0% +62\.5% +0\.0123"
+    second = r"a\.10\.mlp +1,536 +6×8 +32 × 18 +100\.0% +100\.0% +–"
     assert re.search(rf"{first}\s+{second}", out), "in the order in which they run"
-    assert "2 layers converted, 75.0% of their compute active (and 9.8% for the router), in 61 s" in out
+    assert "2 layers converted; a token reads 75.0% of their bytes and takes 81.2% of their multiply-adds" in out
+    assert "in 61 s" in out
     assert "next: peerify eval OUT" in out
 
 

@@ -60,10 +60,13 @@ from peerify.modeling.peer_layer import PEER
         ({"num_heads": 1, "topk": 32, "gates": "softmax"}, 1.0, 12 / 64),
     ],
 )
-def test_compute_by_hand(options: dict[str, Any], active: float, router: float) -> None:
+def test_cost_by_hand(options: dict[str, Any], active: float, router: float) -> None:
     layer = PEER(**{"d_model": 10, "num_experts": 32, "grid": (4, 8), "d_ff": 32} | options)
-    assert layer.active_fraction == pytest.approx(active)
-    assert layer.router_fraction == pytest.approx(router)
+    assert layer.macs_fraction == pytest.approx(active + router)
+    # Sub-keys that all heads share are read once, and multiplied by each.
+    dense = (3 if options.get("gated") else 2) * 320
+    again = (layer.num_heads - len(layer.keys.sub_keys)) * 12 * layer.keys.sub_keys.shape[-1] if router else 0
+    assert layer.bytes_fraction == pytest.approx(active + router - again / dense)
 
 
 @pytest.mark.parametrize(

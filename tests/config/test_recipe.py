@@ -88,6 +88,15 @@ def test_allocation_and_active_yield_to_topk_and_max_loss_only_as_defaults() -> 
         assert PeerConfig(**config.model_dump()) == config, "what was written can be read"
 
 
+def test_keys_are_copies_unless_something_else_is_asked_for() -> None:
+    copies = [{}, {"active": 1.0}, {"max_loss": 1.2}, {"bits": 3}, {"refit": False, "refine_steps": 0}]
+    product = [{"keys": "product"}, {"topk": 2}, {"num_shared": 0}, {"rerank": "none"}, {"preset": "peer-paper"}]
+    for settings in [*copies, *product]:
+        config = PeerConfig(**settings)  # type: ignore[arg-type]
+        assert config.has_copies is (settings in copies), settings
+        assert PeerConfig(**config.model_dump()) == config, "what was written can be read"
+
+
 def test_the_compute_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", "model: a\noutput: b\nconvert: {active: 0.25}\n")
     config = Recipe.load(path, ["convert.max_loss=1.1"]).convert
@@ -137,6 +146,13 @@ def test_the_compute_on_the_command_line_replaces_that_of_the_file(tmp_path: Pat
         ({"preset": "peer-paper", "topk": 4, "shortlist": 8}, "takes no candidates"),
         ({"preset": "peer"}, "'peer-paper'"),
         ({"layers": ""}, "at least 1 character"),
+        ({"keys": "copies", "gates": "unit"}, "gates is for product keys: drop it, or give keys product"),
+        ({"keys": "copies", "rerank": "up"}, "rerank is for product keys"),
+        ({"refit": True}, "refit and refine_steps are for product keys"),
+        ({"keys": "copies", "refine_steps": 5}, "refit and refine_steps are for product keys"),
+        ({"keys": "product", "bits": 3}, "bits and group are for copies"),
+        ({"num_heads": 2, "group": 32}, "bits and group are for copies"),
+        ({"bits": 9}, "less than or equal to 8"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, object], message: str) -> None:

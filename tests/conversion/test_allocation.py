@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +13,25 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, inputs_for, logits
 
 from peerify.config.peer import PeerConfig
+from peerify.conversion import allocation as allocation_module
 from peerify.conversion import model as conversion_module
 from peerify.conversion.allocation import (
     FLOOR,
     KEEP_DENSE,
     LEAST,
-    _samples,
     allocate,
     allocate_for_loss,
     plan_shares,
     predicted_loss,
+    samples,
     sensitivities,
 )
+from peerify.conversion.elastic import EVERYTHING, SLACK, Point, choose
 from peerify.conversion.feedforward import read_feedforward
 from peerify.conversion.model import convert, plan_conversion
 from peerify.discovery.sites import find_feedforwards
 from peerify.errors import ConversionError
+from peerify.modules import peer_layers
 
 LAYERS = st.lists(st.tuples(st.floats(1e-4, 1e2), st.floats(1, 1e4)), min_size=1, max_size=8)
 
@@ -99,6 +104,41 @@ def test_layers_that_stay_dense_are_paid_for_by_the_others(layers: list[tuple[fl
 
 
 @settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(1e-3, 1e2),
+            st.floats(1, 1e3),
+            st.lists(st.tuples(st.floats(0.05, 0.99), st.floats(1e-4, 1)), min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.floats(0.1, 1),
+)
+def test_no_other_points_of_curves_lose_less_for_as_many_bytes(
+    layers: list[tuple[float, float, list[tuple[float, float]]]], total: float
+) -> None:
+    k, cost = named([layer[:2] for layer in layers])
+    curves = {
+        str(i): [*(Point(1.0, 1.0, read, read, error) for read, error in points), EVERYTHING]
+        for i, (_, _, points) in enumerate(layers)
+    }
+
+    def spent(points: tuple[Point, ...]) -> float:
+        return sum(point.bytes * cost[path] for path, point in zip(curves, points, strict=True)) / sum(cost.values())
+
+    def loss(points: tuple[Point, ...]) -> float:
+        return sum(point.error * k[path] for path, point in zip(curves, points, strict=True))
+
+    chosen = tuple(choose(curves, k, cost, total).values())
+    least = spent(tuple(min(curve, key=lambda point: point.bytes) for curve in curves.values()))
+    assert spent(chosen) <= max(total, least) + 1e-9
+    for others in itertools.product(*curves.values()):
+        assert loss(others) >= loss(chosen) * (1 - 1e-6) - 1e-9 or spent(others) > spent(chosen) - 1e-9
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 400))
 def test_samples_to_judge_by_are_others_than_those_fitted_to(sizes: list[int], length: int, tokens: int) -> None:
     """All of them distinct, from beginning to end of the data, as many as `tokens` pay for, one in four to judge by."""
@@ -106,7 +146,7 @@ def test_samples_to_judge_by_are_others_than_those_fitted_to(sizes: list[int], l
     batches = [{"input_ids": part, "flag": True} for part in ids.split(sizes)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peerify.conversion.allocation.TOKENS", tokens)
-        fitted, held_out = _samples(batches)
+        fitted, held_out = samples(batches)
     rows = [[int(sample["input_ids"][0, 0]) for sample in part] for part in (fitted, held_out)]
     assert all(sample["input_ids"].shape == (1, length) and sample["flag"] is True for sample in fitted + held_out)
     if len(ids) == 1:
@@ -127,7 +167,7 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
     inputs = inputs_for(model, seed)
     before = logits(model, inputs)
-    config = PeerConfig(active=0.4, refine_steps=0, refit=False)
+    config = PeerConfig(active=0.4, keys="product", refine_steps=0, refit=False)
     sites = find_feedforwards(model)
 
     def build(data):  # type: ignore[no-untyped-def]
@@ -135,7 +175,7 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
 
         ff = read_feedforward(model, data.site)
         layer, _, _ = convert_layer(ff, data, config)
-        return layer, layer.active_fraction
+        return layer, layer.bytes_fraction
 
     k = sensitivities(model, sites, [inputs], build)
     assert list(k) == [site.path for site in sites]
@@ -145,47 +185,56 @@ def test_sensitivity_is_the_divergence_with_one_layer_converted(seed: int) -> No
     assert torch.equal(logits(model, inputs), before)
 
 
+@pytest.mark.parametrize("keys", ["copies", "product"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5"])
-def test_allocated_conversion_spends_what_was_asked(family: str, seed: int) -> None:
+def test_allocated_conversion_spends_what_was_asked(family: str, keys: Any, seed: int) -> None:
     model = FAMILIES[family](seed)
-    inputs = inputs_for(model, seed)
+    inputs = inputs_for(model, seed, rows=8)
     with torch.no_grad():  # a layer that matters less: of these random ones two may matter alike
         model.get_submodule(find_feedforwards(model)[-1].down).weight.mul_(1e-2)
-    conversion = convert(model, PeerConfig(active=0.5), [inputs])
-    assert conversion.active_fraction == pytest.approx(0.5, abs=0.06)  # whole experts of a few dozen
+    conversion = convert(model, PeerConfig(active=0.7, keys=keys), [inputs])
+    assert conversion.bytes_fraction <= 0.7 * SLACK + 0.01
+    assert conversion.bytes_fraction >= 0.5  # whole experts of a few dozen, and a router that may take less
     assert logits(model, inputs).isfinite().all()
-    counts = [layer["topk"] * layer["num_heads"] for layer in conversion.layers.values()]
-    assert counts[-1] < max(counts)
+    spent = [layer.bytes_fraction for layer in peer_layers(model).values()]
+    assert spent[-1] < max(spent)
 
 
-def test_auto_leaves_dense_what_costs_too_much(seed: int) -> None:
+@pytest.mark.parametrize("keys", ["copies", "product"])
+def test_auto_leaves_dense_what_costs_too_much(keys: Any, seed: int) -> None:
     """A price is stated; what would have to stay nearly whole stays dense."""
     model = FAMILIES["llama"](seed)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-2)
     inputs = inputs_for(model, seed)
-    conversion = convert(model, PeerConfig(layers="auto", max_loss=1.000005), [inputs])
+    conversion = convert(model, PeerConfig(layers="auto", keys=keys, max_loss=1.000005), [inputs])
     assert "model.layers.1.mlp" in conversion.layers
     assert len(conversion.layers) < 3
     with pytest.raises(ConversionError, match=r"max_loss 1\.0000"):
-        convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", max_loss=1.0000000001), [inputs])
+        convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", keys=keys, max_loss=1 + 1e-14), [inputs])
+    if keys == "product":
+        with pytest.raises(ConversionError, match=r"within active 0\.99"):
+            convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", keys=keys, active=0.99), [inputs])
+
+
+def test_what_states_no_price() -> None:
+    inputs = inputs_for(FAMILIES["llama"](0))
     with pytest.raises(ConversionError, match="num_experts 28 leaves out some of 56 neurons"):
-        convert(FAMILIES["llama"](seed), PeerConfig(num_experts=28, max_loss=1.1), [inputs])
+        convert(FAMILIES["llama"](0), PeerConfig(num_experts=28, max_loss=1.1), [inputs])
     with pytest.raises(ValueError, match="give one of them"):
         PeerConfig(active=0.5, max_loss=1.1)
-    with pytest.raises(ConversionError, match=r"within active 0\.99"):
-        convert(FAMILIES["llama"](seed), PeerConfig(layers="auto", active=0.99), [inputs])
     for key, value in (("layers", "auto"), ("allocation", "sensitivity")):
         with pytest.raises(ValueError, match="not topk"):
-            PeerConfig(topk=3, **{key: value})
+            PeerConfig(topk=3, **{key: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"active": 0.4}, {"max_loss": 1.5}, {"layers": "auto", "max_loss": 1.001}])
-def test_convert_does_what_the_plan_says(options: dict[str, object], seed: int) -> None:
+@pytest.mark.parametrize("keys", ["copies", "product"])
+@pytest.mark.parametrize("options", [{"active": 0.6}, {"max_loss": 1.5}, {"layers": "auto", "max_loss": 1.001}])
+def test_convert_does_what_the_plan_says(options: dict[str, Any], keys: Any, seed: int) -> None:
     model = FAMILIES["llama"](seed)
     inputs = inputs_for(model, seed)
     before = logits(model, inputs)
-    config = PeerConfig(**options)  # type: ignore[arg-type]
+    config = PeerConfig(keys=keys, **options)
     plan = plan_conversion(model, config, [inputs])
     assert torch.equal(logits(model, inputs), before)
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -193,29 +242,32 @@ def test_convert_does_what_the_plan_says(options: dict[str, object], seed: int) 
     assert plan.sensitivity.keys() == plan.fractions.keys() == {site.path for site in plan.sites}
     assert plan.predicted_ratio is not None
     assert 1 < plan.predicted_ratio < (config.max_loss or 10) * 1.3  # whole experts: shares are rounded down
-    assert all(plan.fractions[site.path] == (1, 0) for site in plan.sites if site.path not in plan.layers)
+    assert all(plan.fractions[site.path] == (1, 1) for site in plan.sites if site.path not in plan.layers)
     done = convert(model, config, [inputs])
     assert list(done.layers) == list(plan.layers)
     mean = sum(plan.fractions[path][0] for path in plan.layers) / len(plan.layers)
-    assert done.active_fraction == pytest.approx(mean, abs=0.02)
+    assert done.bytes_fraction == pytest.approx(mean, abs=0.05)
 
 
 def test_plan_knows_that_queries_which_only_rerank_are_short(seed: int) -> None:
     model = FAMILIES["llama"](seed)
     inputs = inputs_for(model, seed)
-    config = PeerConfig(active=0.85, allocation="uniform")  # every split that may be chosen has all as candidates
+    # Every split that may be chosen has all as candidates.
+    config = PeerConfig(active=0.95, keys="product", allocation="uniform")
     plan = plan_conversion(model, config, [inputs])
     done = convert(model, config, [inputs])
-    assert all(done.layers[path]["query_dim"] < plan.layers[path]["query_dim"] for path in plan.layers)
-    assert plan.router_fraction == pytest.approx(done.router_fraction, rel=0.05)  # outliers are always on
+    assert all(done.layers[path]["query_dim"] <= plan.layers[path]["query_dim"] for path in plan.layers)
+    assert plan.bytes_fraction == pytest.approx(done.bytes_fraction, rel=0.1)  # outliers are always on
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"topk": 9},
-        {"active": 1.0},
+        {"active": 1.0, "keys": "product"},
+        {"layers": "1", "keys": "product"},
         {"layers": "1"},
+        {"allocation": "uniform", "keys": "product"},
         {"allocation": "uniform"},
         {"num_experts": 28, "active": 0.5},  # half of the 56 neurons: all that is left is retrieved
     ],
@@ -226,12 +278,14 @@ def test_nothing_is_measured_where_it_would_change_nothing(
     model = FAMILIES["llama"](seed)
     inputs = inputs_for(model, seed)
     measured: list[str] = []
+    real = allocation_module.divergences
 
     def note(*arguments: object) -> dict[str, float]:
         measured.append("yes")
-        return sensitivities(*arguments)  # type: ignore[arg-type]
+        return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion_module, "sensitivities", note)
+    for module in (conversion_module, allocation_module):
+        monkeypatch.setattr(module, "divergences", note)
     config = PeerConfig(**options)  # type: ignore[arg-type]
     plan = plan_conversion(model, config, [inputs], measure=False)
     assert (measured, plan.sensitivity, plan.predicted_ratio) == ([], {}, None)
@@ -247,4 +301,4 @@ def test_always_on_experts_leave_every_layer_room(seed: int) -> None:
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
     conversion = convert(model, PeerConfig(active=0.5, num_shared=14), [inputs_for(model, seed)])
     assert {layer["num_shared"] for layer in conversion.layers.values()} == {14}
-    assert conversion.active_fraction <= 0.5
+    assert conversion.bytes_fraction <= 0.5

@@ -192,7 +192,7 @@ def test_waveforms_stay_whole_and_other_values_pass() -> None:
     config = Wav2Vec2Config(num_hidden_layers=2, num_conv_pos_embedding_groups=2, **small, **widths)
     model = Wav2Vec2Model(config).eval()
     batches = [{"input_values": torch.randn(2, 800), "output_attentions": False} for _ in range(2)]
-    conversion = convert(model, PeerConfig(active=0.5, allocation="sensitivity", refine_steps=2), batches)
+    conversion = convert(model, PeerConfig(active=0.5, keys="product", refine_steps=2), batches)
     assert len(conversion.layers) == 2
     assert model(**batches[0]).last_hidden_state.isfinite().all()
 

@@ -28,7 +28,9 @@ from peerify.conversion.layer import convert_layer
 from peerify.conversion.model import Conversion, convert
 from peerify.errors import ConversionError
 from peerify.modeling import modeling_peer as modeling
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
+from peerify.modules import peer_layers
 
 
 def data_for(model: PreTrainedModel) -> Tensor | list[dict[str, Tensor]]:
@@ -51,21 +53,22 @@ def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return getattr(modeling, type(model).__name__).from_pretrained(folder).eval()
 
 
+KINDS: dict[str, type] = {"copies": ElasticPEER, "product": PEER}
 DEPTH = dict.fromkeys(("llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2"), 3) | {"t5": 4, "t5-gated": 4}
 
 
 # --- The exactness law --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keys", ["copies", "product"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_active_is_the_dense_model(family: str, seed: int, tmp_path: Path) -> None:
-    conversion, expected, inputs = converted(family, seed, active=1.0)
+def test_everything_active_is_the_dense_model(family: str, keys: str, seed: int, tmp_path: Path) -> None:
+    conversion, expected, inputs = converted(family, seed, active=1.0, keys=keys)
     model = conversion.model
-    placed = sorted(name for name, module in model.named_modules() if isinstance(module, PEER))
+    placed = sorted(name for name, module in model.named_modules() if isinstance(module, KINDS[keys]))
     assert placed == sorted(conversion.layers)
     assert len(placed) == DEPTH.get(family, 2)
-    assert conversion.active_fraction == pytest.approx(1)
-    assert conversion.router_fraction == 0
+    assert conversion.bytes_fraction == conversion.macs_fraction == pytest.approx(1)
     assert max(conversion.layer_errors.values()) < 1e-10
     assert relative_error(logits(model, inputs), expected) <= 1e-5
     again = reloaded(model, tmp_path)
@@ -108,11 +111,13 @@ def test_exact_through_the_router(options: dict[str, Any], seed: int) -> None:
 @pytest.mark.parametrize(
     ("layers", "chosen"), [("middle", [1]), ("first-last", [0, 2]), ("1-2", [1, 2]), ("*.0.mlp", [0])]
 )
-def test_some_layers(layers: str, chosen: list[int], seed: int, tmp_path: Path) -> None:
-    conversion, expected, inputs = converted("llama", seed, layers=layers, active=0.3)
+@pytest.mark.parametrize("keys", ["copies", "product"])
+def test_some_layers(layers: str, chosen: list[int], keys: str, seed: int, tmp_path: Path) -> None:
+    conversion, expected, inputs = converted("llama", seed, layers=layers, active=0.3, keys=keys)
     model = conversion.model
+    model.set_active(0.3 if keys == "copies" else 1, prefill="budget")
     assert list(conversion.layers) == [f"model.layers.{i}.mlp" for i in chosen]
-    assert [isinstance(block.mlp, PEER) for block in model.model.layers] == [i in chosen for i in range(3)]
+    assert [isinstance(block.mlp, KINDS[keys]) for block in model.model.layers] == [i in chosen for i in range(3)]
     # Against the dense model, not merely converted: something has changed, and loading brings it back.
     assert relative_error(logits(model, inputs), expected) > 1e-4
     assert torch.equal(logits(reloaded(model, tmp_path), inputs), logits(model, inputs))
@@ -121,11 +126,12 @@ def test_some_layers(layers: str, chosen: list[int], seed: int, tmp_path: Path) 
 @pytest.mark.parametrize(
     "options",
     [
+        {"keys": "product"},
         {"rerank": "gate"},
         {"rerank": "up"},
         {"rerank": "none"},
         {"num_shared": 6},
-        {"refit": False},
+        {"keys": "product", "refit": False},
         {"gates": "sigmoid"},
         {"gates": "softmax"},
         {"share_pool": True, "num_heads": 2},
@@ -154,7 +160,7 @@ def test_every_option_makes_a_working_layer(options: dict[str, Any], seed: int, 
     if "rerank" in options and options["rerank"] == "none":
         assert kwargs["rerank"] is None
     if "active" in options or "topk" not in options:
-        assert conversion.active_fraction <= 0.5 + 1e-9
+        assert conversion.bytes_fraction <= 0.5 + 1e-9
     assert torch.equal(logits(reloaded(conversion.model, tmp_path), inputs), scores)
 
 
@@ -181,7 +187,7 @@ def test_refit_lowers_the_error(gated: bool, gates: str) -> None:
     ff, data = layer_problem(gated)
     errors = {}
     for refit in (False, True):
-        config = PeerConfig(active=0.4, gates=gates, refit=refit)
+        config = PeerConfig(active=0.4, keys="product", gates=gates, refit=refit)
         layer, _, errors[refit] = convert_layer(ff, data, config)
         again = (layer(data.x_td) - data.y_td).pow(2).sum() / data.y_td.pow(2).sum()
         assert errors[refit] == pytest.approx(again.item(), rel=1e-3)
@@ -205,7 +211,7 @@ def test_activations_that_are_not_kept_are_computed_again(monkeypatch: pytest.Mo
     for chunk, kept in ((fitting.CHUNK_ELEMENTS, fitting.KEPT_ELEMENTS), (96 * 100, 0)):
         monkeypatch.setattr(fitting, "CHUNK_ELEMENTS", chunk)
         monkeypatch.setattr(fitting, "KEPT_ELEMENTS", kept)
-        layer, _, _ = convert_layer(ff, data, PeerConfig(active=0.4))
+        layer, _, _ = convert_layer(ff, data, PeerConfig(active=0.4, keys="product"))
         layers.append((layer.pool.v, data.converted_td))
     torch.testing.assert_close(layers[0], layers[1], rtol=1e-3, atol=1e-4)
 
@@ -213,7 +219,7 @@ def test_activations_that_are_not_kept_are_computed_again(monkeypatch: pytest.Mo
 def test_refit_follows_the_correction() -> None:
     """Asked to bring the stream back, the layer's output comes nearer to y + correction than to y."""
     ff, data = layer_problem()
-    config = PeerConfig(active=0.5)
+    config = PeerConfig(active=0.5, keys="product")
     data.correction_td = 0.3 * data.y_td.roll(1, 1)
     layer, _, _ = convert_layer(ff, data, config)
     target = data.y_td + data.correction_td
@@ -224,7 +230,7 @@ def test_more_compute_means_less_error() -> None:
     ff, data = layer_problem()
     errors = []
     for active in (0.15, 0.4, 0.7, 0.95):
-        config = PeerConfig(active=active)
+        config = PeerConfig(active=active, keys="product")
         errors.append(convert_layer(ff, data, config)[2])
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 1
@@ -263,6 +269,22 @@ def test_training_on(seed: int) -> None:
     assert model.model.layers[0].mlp.keys.sub_keys.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5-gated"])
+def test_weights_of_copies_that_are_missing_start_at_random(family: str, seed: int, tmp_path: Path) -> None:
+    conversion, _, inputs = converted(family, seed, active=0.5)
+    conversion.model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    lost = {name for name in held if ".pool." in name}
+    assert any("input_rms" in name for name in lost)
+    save_file({name: held[name] for name in held.keys() - lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = type(conversion.model).from_pretrained(tmp_path).eval()
+    model.set_active(0.5, prefill="budget")
+    assert logits(model, inputs).isfinite().all()
+    for layer in peer_layers(model).values():
+        assert layer.pool.input_rms.eq(1).all()
+        assert 1e-4 < layer.pool.u.std() < 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5-gated", "vit"])
 def test_weights_that_are_missing_start_at_random(family: str, seed: int, tmp_path: Path) -> None:
     """Models are built on the meta device: what no file holds must still become numbers."""
@@ -297,7 +319,13 @@ def test_nan_names_the_layer(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layers": "7"}, "0-2"), ({"layers": "*.attention"}, "no feed-forward"), ({"num_heads": 99}, "99 heads")],
+    [
+        ({"layers": "7"}, "0-2"),
+        ({"layers": "*.attention"}, "no feed-forward"),
+        ({"num_heads": 99}, "99 heads"),
+        ({"active": 0.01}, r"active 0\.01 cannot be reached"),
+        ({"active": 0.01, "allocation": "uniform"}, r"active 0\.01 cannot be reached"),
+    ],
 )
 def test_refusals_leave_the_model_alone(options: dict[str, Any], message: str, seed: int) -> None:
     model = FAMILIES["llama"](seed=seed)
@@ -323,10 +351,10 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "dense")
     text = text_file(tmp_path / "text.txt", 2000)
 
-    def run(name: str, seed: int) -> dict[str, str]:
+    def run(name: str, **options: Any) -> dict[str, str]:
         torch.manual_seed(len(name))  # whatever happened before must not matter
         recipe = Recipe(
-            model=str(source), output=str(tmp_path / name), convert=PeerConfig(seed=seed),
+            model=str(source), output=str(tmp_path / name), convert=PeerConfig(**options),
             calibration=CalibrationConfig(data=str(text), tokens=1024, context=32),
         )  # fmt: skip
         summary = convert_checkpoint(recipe)
@@ -337,7 +365,9 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
             if path.is_file()
         }
 
-    first = run("first", 3)
+    first = run("first", seed=3)
     assert {"model.safetensors", "config.json", *CODE, "peerify.json", "README.md"} <= first.keys()
-    assert run("the second", 3) == first
-    assert run("another", 4)["model.safetensors"] != first["model.safetensors"]
+    assert run("the second", seed=3) == first
+    product = run("product keys", keys="product", seed=3)
+    assert run("product keys again", keys="product", seed=3) == product
+    assert run("another", keys="product", seed=4)["model.safetensors"] != product["model.safetensors"]

@@ -22,21 +22,26 @@ from peerify.conversion.checkpoint import convert_checkpoint
 from peerify.conversion.densify import densify, densify_checkpoint
 from peerify.conversion.model import convert
 from peerify.errors import ConversionError, OutputError
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modules import peer_layers
 
 
 def keep_everything(model: nn.Module) -> None:
     for layer in peer_layers(model).values():
-        layer.set_budget(layer.num_experts, layer.num_experts, layer.num_experts)
+        if isinstance(layer, ElasticPEER):
+            layer.set_active(1)
+        else:
+            layer.set_budget(layer.num_experts, layer.num_experts, layer.num_experts)
 
 
+@pytest.mark.parametrize("keys", ["copies", "product"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_dense_again_is_the_model_with_every_expert_kept(family: str) -> None:
+def test_dense_again_is_the_model_with_every_expert_kept(family: str, keys: str) -> None:
     model = FAMILIES[family](seed=3)
     inputs = inputs_for(model, seed=4)
     before, dense_class = logits(model, inputs), type(model)
     batches = [inputs_for(model, seed=seed) for seed in range(5, 9)]
-    options: dict[str, Any] = {"active": 0.6, "refine_steps": 0, "refit": False}
+    options: dict[str, Any] = {"active": 0.6, "keys": keys, "refine_steps": 0, "refit": False}
     convert(model, PeerConfig(**options), batches)
     dense = densify(model)
     assert type(dense) is dense_class
@@ -75,7 +80,7 @@ def test_the_command_writes_what_plain_transformers_loads(tmp_path: Path, monkey
     tiny_checkpoint(tmp_path / "dense")
     text_file(tmp_path / "text.txt", 2000)
     options = ["model=dense", "output=peer", "calibration.data=text.txt", "calibration.tokens=512"]
-    options += ["calibration.context=32", "convert.active=0.5", "convert.refine_steps=0", "convert.refit=false"]
+    options += ["calibration.context=32", "convert.active=0.5"]
     convert_checkpoint(Recipe.load(None, options))
     said = json.loads(run("densify", "peer", "again", "--json").stdout)
     assert said["architecture"] == "LlamaForCausalLM"
@@ -83,12 +88,12 @@ def test_the_command_writes_what_plain_transformers_loads(tmp_path: Path, monkey
     names = {path.name for path in (tmp_path / "dense").iterdir()}
     assert {path.name for path in (tmp_path / "again").iterdir()} <= names | {"generation_config.json"}
     config = json.loads((tmp_path / "again/config.json").read_text())
-    assert not {"peer", "auto_map"} & config.keys()
+    assert not {"peer", "peer_active", "peer_prefill", "auto_map"} & config.keys()
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     one, other = load_file(tmp_path / "dense/model.safetensors"), load_file(tmp_path / "again/model.safetensors")
     assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
     up = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(one[up].sort(0).values, other[up].sort(0).values), "the same neurons"
+    assert torch.equal(one[up], other[up]), "the same neurons in the same order"
     code = (
         "import sys, torch\nassert not any('peerify' in name for name in sys.modules)\n"
         "from transformers import AutoModelForCausalLM\n"

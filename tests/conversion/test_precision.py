@@ -43,7 +43,7 @@ def test_products_are_in_bfloat16() -> None:
 @pytest.mark.parametrize(("gated", "gates"), [(True, "unit"), (False, "unit"), (True, "softmax"), (False, "sigmoid")])
 def test_a_layer_loses_nothing(gated: bool, gates: str, request: pytest.FixtureRequest) -> None:
     ff, data = layer_problem(gated)
-    config = PeerConfig(active=0.4, gates=gates)
+    config = PeerConfig(active=0.4, keys="product", gates=gates)
     errors, reported = [], []
     for half in (False, True):
         if half:
@@ -58,8 +58,9 @@ def test_a_layer_loses_nothing(gated: bool, gates: str, request: pytest.FixtureR
     assert reported[1] == pytest.approx(reported[0], rel=0.05)
 
 
+@pytest.mark.parametrize("keys", ["copies", "product"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs(family: str, seed: int, request: pytest.FixtureRequest) -> None:
+def test_every_family_runs(family: str, keys: str, seed: int, request: pytest.FixtureRequest) -> None:
     """Blocks under autocast, and streams made of them. Equal shares: measured ones are decided by small differences."""
     errors = []
     for half in (False, True):
@@ -69,7 +70,10 @@ def test_every_family_runs(family: str, seed: int, request: pytest.FixtureReques
         model = FAMILIES[family](seed=seed)
         inputs = inputs_for(model, seed=seed + 1)
         expected = logits(model, inputs)
-        conversion = convert(model, PeerConfig(active=0.8, allocation="uniform"), data_for(model))
+        config = PeerConfig(active=0.8, keys=keys, allocation="uniform")  # type: ignore[arg-type]
+        conversion = convert(model, config, data_for(model))
+        model.set_active(0.8, prefill="budget")
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         errors.append(relative_error(logits(conversion.model, inputs), expected))
+    assert errors[0] > 1e-6, "something is left out"
     assert errors[1] < 1.5 * errors[0] + 0.02

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerify.config.peer import PeerConfig
-from peerify.conversion.sizing import plan_layer
+from peerify.conversion.sizing import plan_layer, router_cost
 from peerify.errors import ConversionError
 from peerify.modeling.peer_layer import PEER
 
@@ -37,18 +37,26 @@ def test_compute_is_what_was_asked_for(
     num_shared = data.draw(st.integers(0, int(active * d_ff / 2)))
     options = {"active": active, "gates": gates, "num_shared": num_shared, "share_pool": share_pool}
     config = PeerConfig(**options, rerank="auto" if gates == "softmax" else rerank)
-    if (active * d_ff - num_shared) * (3 if gated else 2) < 8 * (3 if gated else 2):
+    try:
+        kwargs = plan(config, d_ff=d_ff, gated=gated)
+    except ConversionError:  # less than one expert and the router
+        assert active < 1
+        return
+    router = router_cost(kwargs) / ((3 if gated else 2) * d_ff)
+    if (active - router) * d_ff - num_shared < 8:
         return  # less than one expert for each of the heads of a shared pool
-    layer = built(plan(config, d_ff=d_ff, gated=gated))
+    layer = built(kwargs)
     assert layer.num_experts == d_ff
-    assert layer.active_fraction <= active + 1e-9
-    # Rounded down to whole experts of each of the heads.
-    lost = 2 * layer.num_heads / d_ff
-    assert layer.active_fraction >= active - lost - 1e-9
-    if d_ff > 1000 and active >= 0.25 and not num_shared:
-        assert layer.active_fraction > 0.9 * active
+    # Gates that are scores need a router even where everything is retrieved.
+    on_top = router if active == 1 and gates != "unit" else 0.0
+    assert layer.bytes_fraction <= active + on_top + 1e-9
+    # Rounded down to whole experts of each of the heads; where all fit, there is nothing to choose and no router.
+    lost = 2 * layer.num_heads / d_ff + (0 if layer.needs_routing else router)
+    assert layer.bytes_fraction >= active - lost - 1e-9
+    if d_ff > 1000 and active >= 0.25 and not num_shared and layer.needs_routing:
+        assert layer.bytes_fraction > 0.9 * active
     if active == 1 and gates == "unit":
-        assert layer.router_fraction == 0
+        assert layer.bytes_fraction == layer.macs_fraction == 1
 
 
 @settings(max_examples=80, deadline=None)
@@ -94,7 +102,9 @@ def test_default_router_spends_its_budget() -> None:
     assert kwargs["gates"] == "unit"
     assert kwargs["joint_topk"]
     layer = built(kwargs)
-    assert 0.23 * layer.active_fraction <= layer.router_fraction <= 0.25 * layer.active_fraction
+    router = router_cost(kwargs) / (3 * 1536)
+    assert 0.49 < layer.bytes_fraction <= 0.5
+    assert 0.18 <= router / layer.bytes_fraction <= 0.2  # a quarter of what it retrieves
     kwargs = plan(PeerConfig(active=0.1, num_experts=20000), d_model=576, d_ff=1536)
     rows, columns = kwargs["grid"]
     assert not kwargs["share_query"]
@@ -125,7 +135,7 @@ def test_product_keys_on_request() -> None:
     rows, columns = kwargs["grid"]
     assert 0.3 <= rows / columns <= 1
     assert rows * columns * kwargs["num_heads"] == 1536
-    assert built(kwargs).router_fraction <= 0.25 * built(kwargs).active_fraction
+    assert router_cost(kwargs) / (3 * 1536) <= 0.2 * built(kwargs).bytes_fraction
 
 
 def test_options_reach_the_layer() -> None:

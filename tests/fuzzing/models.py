@@ -23,12 +23,13 @@ def shards(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
-def converted(folder: Path) -> None:
+def converted(folder: Path, keys: str = "copies") -> None:
     """A converted model in `folder`, its dense one beside it."""
     beside = folder.parent / "dense"
     tiny_checkpoint(beside)
     calibration = {"data": str(text_file(beside / "text.txt", 1000)), "tokens": 256, "context": 32}
-    recipe = {"model": str(beside), "output": str(folder), "calibration": calibration, "convert": {"refine_steps": 0}}
+    options = {"keys": keys, "refine_steps": 0}
+    recipe = {"model": str(beside), "output": str(folder), "calibration": calibration, "convert": options}
     folder.rmdir()
     convert_checkpoint(Recipe.model_validate(recipe))
 
@@ -85,4 +86,5 @@ CORPORA: dict[str, Corpus] = {
     "gguf": Corpus(gguf, "m.gguf", opened),
     "gguf-inspect": Corpus(gguf, "m.gguf", lambda folder: inspect_model(str(folder / "m.gguf"))),
     "peer-config": Corpus(converted, "config.json", evaluated, as_json=True),
+    "product-config": Corpus(lambda folder: converted(folder, "product"), "config.json", evaluated, as_json=True),
 }

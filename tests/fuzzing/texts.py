@@ -68,8 +68,29 @@ RESULT = {
     "context": 512,
     "tokens": 4096,
     "perplexity": 12.5,
-    "against": {"model": "ada/dense", "perplexity": 11.0, "ratio": 1.13, "kl": 0.1},
-    "layers": [{"path": "model.layers.0.mlp", "num_experts": 4, "active": 0.5, "usage": 1.0, "kl_uniform": 0.1}],
+    "against": {"model": "ada/dense", "perplexity": 11.0, "ratio": 1.13, "kl": 0.1, "agreement": 0.9},
+    "layers": [
+        {
+            "path": "model.layers.0.mlp",
+            "num_experts": 4,
+            "bytes_fraction": 0.5,
+            "macs_fraction": 0.7,
+            "usage": 1.0,
+            "kl_uniform": 0.1,
+        }
+    ],
+    "budgets": [
+        {
+            "active": 0.5,
+            "bytes_fraction": 0.5,
+            "macs_fraction": 0.7,
+            "perplexity": 12.5,
+            "ratio": 1.13,
+            "kl": 0.1,
+            "agreement": 0.9,
+            "after_prefill": 1.1,
+        }
+    ],
 }
 NOTES = {"convert": {"fingerprint": "ab", "result": {"output": "out"}}, "train": {"fingerprint": "cd", "result": {}}}
 

@@ -7,21 +7,15 @@ from typing import Any
 import torch
 
 from peerify.config.peer import PeerConfig
+from peerify.conversion.elastic import build_elastic, plan_elastic
 from peerify.conversion.feedforward import FeedForward
-from peerify.conversion.layer import copy_neurons, plan_for
 from peerify.discovery.sites import Site
-from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_elastic import ElasticPEER
 
 
 @torch.no_grad()
-def exact_layer(ff: FeedForward, site: Site) -> tuple[PEER, dict[str, Any]]:
-    """A PEER layer that retrieves every neuron with gate 1, which is the dense layer, and its keyword arguments.
-
-    Its keys are random: nothing depends on them until fewer are retrieved.
-    """
-    plan = plan_for(ff, site, PeerConfig(active=1.0))
-    plan["rerank"] = None
-    with torch.random.fork_rng(devices=[]):
-        layer = PEER(**plan).to(ff.u_fd.device, ff.u_fd.dtype)
-    copy_neurons(layer, ff, torch.arange(site.d_ff, device=ff.u_fd.device))
-    return layer.eval(), plan
+def exact_layer(ff: FeedForward, site: Site) -> tuple[ElasticPEER, dict[str, Any]]:
+    """A PEER layer that evaluates every neuron in full, which is the dense layer, and its entry of config.json."""
+    options = plan_elastic(ff, site, PeerConfig()) | {"budgets": []}
+    input_rms_d = torch.ones(site.d_model, device=ff.u_fd.device)
+    return build_elastic(ff, options, input_rms_d).to(ff.u_fd.dtype), options

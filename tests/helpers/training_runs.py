@@ -25,7 +25,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, the same converted, and text."""
+    """A dense model, the same converted to layers with budgets (peer) and with product keys (product), and text."""
     folder = tmp_path_factory.mktemp("training")
     before = Path.cwd()
     os.chdir(folder)
@@ -33,8 +33,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_checkpoint(folder / "dense")
         text_file(folder / "train.txt", 6000)
         text_file(folder / "test.txt", 400)
-        options = ["model=dense", "output=peer", "calibration.data=train.txt", "calibration.tokens=512"]
-        convert_checkpoint(Recipe.load(None, [*options, "calibration.context=32"]))
+        options = ["model=dense", "calibration.data=train.txt", "calibration.tokens=512", "calibration.context=32"]
+        convert_checkpoint(Recipe.load(None, [*options, "output=peer"]))
+        convert_checkpoint(Recipe.load(None, [*options, "output=product", "convert.keys=product"]))
     finally:
         os.chdir(before)
     return folder

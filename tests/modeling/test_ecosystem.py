@@ -5,6 +5,7 @@ Loading without peerify, pipeline() and generate() are in test_round_trip.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from peerify.config.peer import PeerConfig
 from peerify.config.recipe import Recipe
 from peerify.conversion.model import convert
 from peerify.errors import UsageError
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 
 DECODERS = ("llama", "qwen3", "gpt2", "gpt_neox", "opt")
@@ -41,14 +43,13 @@ def dense() -> Any:
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="module")
-def folder(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted Llama with its tokenizer, in shards."""
-    import copy
-
+@pytest.fixture(scope="module", params=["copies", "product"])
+def folder(dense: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A converted Llama with its tokenizer, in shards; it keeps to a budget for every token."""
     path = tmp_path_factory.mktemp("model") / "peer"
     model = copy.deepcopy(dense)
-    convert(model, PeerConfig(active=0.75), torch.randint(0, 256, (16, 32)))
+    convert(model, PeerConfig(active=0.75, keys=request.param), torch.randint(0, 256, (16, 32)))
+    model.set_active(model.config.peer_active, prefill="budget")
     model.save_pretrained(path, max_shard_size="8KB")
     tiny_tokenizer().save_pretrained(path)
     return path
@@ -145,10 +146,15 @@ def test_big_model_loading(folder: Path, tmp_path: Path, ids: torch.Tensor) -> N
         assert torch.equal(model.eval()(ids).logits, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"gates": "softmax", "rerank": "none"}, {"active": 1.0}], ids=str)
+PRODUCT = {"keys": "product"}
+WAYS = [{}, {"active": 1.0}, PRODUCT, {"gates": "softmax", "rerank": "none"}, PRODUCT | {"active": 1.0}]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
 def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
     """No graph breaks, so nothing on the way waits for a value; eager code runs the graph."""
     model = converted("llama", {"num_hidden_layers": 1}, **options)
+    model.set_active(model.config.peer_active, prefill="budget")  # for layers with copies, which many tokens pass by
     compiled = torch.compile(model.model, backend="eager", fullgraph=True, dynamic=True)
     for rows, tokens in ((2, 12), (3, 7)):
         inputs = inputs_for(model, rows=rows, tokens=tokens)
@@ -158,8 +164,10 @@ def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor() -> None:
-    model = converted("llama")
+@pytest.mark.parametrize("options", [{}, PRODUCT], ids=str)
+def test_compiles_with_inductor(options: dict[str, Any]) -> None:
+    model = converted("llama", **options)
+    model.set_active(model.config.peer_active, prefill="budget")
     compiled = torch.compile(model, dynamic=True)
     for tokens in (12, 40):
         inputs = inputs_for(model, tokens=tokens)
@@ -178,16 +186,18 @@ def test_assistant_of_the_dense_original(folder: Path, dense: Any) -> None:
         assert torch.equal(main.generate(prompt, assistant_model=draft, **settings), alone)
 
 
-def test_sentence_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, PRODUCT], ids=str)
+def test_sentence_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     library = pytest.importorskip("sentence_transformers")
     model = tiny_model("bert")
-    convert(model, PeerConfig(active=0.5), torch.randint(0, 256, (8, 32)))
+    convert(model, PeerConfig(active=0.5, **options), torch.randint(0, 256, (8, 32)))
+    model.set_active(0.5, prefill="budget")  # or else a text that is padded beside a long one would be read in full
     model.save_pretrained(tmp_path / "bert")
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<eos>"
     tokenizer.save_pretrained(tmp_path / "bert")
     encoder = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu", trust_remote_code=True)
-    assert any(isinstance(module, PEER) or type(module).__name__ == "PEER" for module in encoder.modules())
+    assert {"PEER", "ElasticPEER"} & {type(module).__name__ for module in encoder.modules()}
     texts = ["same", "another one"]
     vectors = encoder.encode(texts, convert_to_tensor=True)
     bare = AutoModel.from_pretrained(tmp_path / "bert").eval()
@@ -268,10 +278,13 @@ def test_config_says_what_the_backends_ask(family: str) -> None:
         assert isinstance(getattr(text, key), int)
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "peer-paper", "active": None, "num_heads": 2, "topk": 4}], ids=str)
+PAPER = {"preset": "peer-paper", "active": None, "num_heads": 2, "topk": 4}
+
+
+@pytest.mark.parametrize("options", [{}, PRODUCT, PAPER], ids=str)
 def test_module_and_parameter_names_mean_nothing_else(options: dict[str, Any]) -> None:
     model = converted("llama", **options)
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PEER)}
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PEER | ElasticPEER)}
     assert layers
     plan = {**(model.tp_plan or {})}
     assert plan, "the architecture has a tensor-parallel plan, which must not name parts of a PEER layer"
@@ -290,10 +303,14 @@ def test_module_and_parameter_names_mean_nothing_else(options: dict[str, Any]) -
         assert extra <= {f"{at}.{stat}" for at, part in norms for stat in part.state_dict()}
 
 
+@pytest.mark.parametrize("options", [{}, PRODUCT], ids=str)
 @pytest.mark.parametrize("family", DECODERS)
-def test_base_model_runs_as_the_backends_run_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_model_runs_as_the_backends_run_it(
+    family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Built from the config on meta, filled by name, linear layers swapped, attention theirs, no batch to speak of."""
-    model = converted(family)
+    model = converted(family, **options)
+    model.set_active(model.config.peer_active, prefill="budget")
     inputs = inputs_for(model, rows=1, tokens=9)
     with torch.no_grad():
         expected = model.base_model(**inputs).last_hidden_state

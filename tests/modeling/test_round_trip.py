@@ -60,7 +60,7 @@ for name, auto in json.loads((root / "models.json").read_text()).items():
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (name, info)
     assert model.dtype == dtype, (name, model.dtype)
     assert type(model).__name__.startswith("Peer"), name
-    assert any(type(module).__name__ == "PEER" for module in model.modules()), name
+    assert {"PEER", "ElasticPEER"} & {type(module).__name__ for module in model.modules()}, name
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits.float(), expected), name
     model.save_pretrained(root / (name + "-again"))
@@ -69,17 +69,37 @@ for name, auto in json.loads((root / "models.json").read_text()).items():
         assert torch.equal(again(**inputs).logits.float(), expected), name
     print("same", name)
 
+ids = load_file(root / "tied-sharded.inputs")["input_ids"]
+expected = load_file(root / "budgets.logits")
+for active in ("0.3", "0.7", "1"):
+    options = dict(trust_remote_code=True, peer_active=float(active))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, peer_prefill="budget", **options).eval()
+    assert (model.config.peer_active, model.config.peer_prefill) == (float(active), "budget")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected[active]), active
+    model.save_pretrained(root / ("at-" + active))
+    again = transformers.AutoModelForCausalLM.from_pretrained(root / ("at-" + active), trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, expected[active]), active
+    # By default a sequence is read with everything on, whatever the budget.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected["1"]), active
+print("budgets")
+
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert model.lm_head.weight is model.model.embed_tokens.weight
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer("the same ", return_tensors="pt")
 settings = dict(max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=-1)
+model.set_active(0.5, prefill="budget")  # or else the prompt, read again and again, would be read in full
 cached = model.generate(**prompt, use_cache=True, **settings)
 plain = model.generate(**prompt, use_cache=False, **settings)
 assert torch.equal(cached.sequences, plain.sequences)
 assert cached.sequences.shape[1] == prompt["input_ids"].shape[1] + 12
 torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
 print("cache")
+model.set_active(0.5, prefill="all")
 
 pipe = transformers.pipeline("text-generation", model=str(folder), trust_remote_code=True)
 text = pipe("the same ", max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
@@ -120,10 +140,13 @@ for name, auto in json.loads((root / "models.json").read_text()).items():
     print("same", name)
 """
 
+PRODUCT = {"keys": "product", "active": 0.4}
 MODELS: dict[str, tuple[str, str, dict[str, Any], torch.dtype, str | int]] = {
     # name: family, Auto class, options, dtype, shard size
     "gpt2-bf16": ("gpt2", "AutoModelForCausalLM", {"active": 0.4}, torch.bfloat16, "5GB"),
+    "gpt2-product-bf16": ("gpt2", "AutoModelForCausalLM", PRODUCT, torch.bfloat16, "5GB"),
     "opt-spliced": ("opt", "AutoModelForCausalLM", {"active": 0.4}, torch.float32, "5GB"),
+    "opt-product-spliced": ("opt", "AutoModelForCausalLM", PRODUCT, torch.float32, "5GB"),
     "bert-shards": ("bert", "AutoModelForMaskedLM", {"gates": "sigmoid", "num_shared": 5}, torch.float32, "30KB"),
     "t5": ("t5-gated", "AutoModelForSeq2SeqLM", {"active": 0.6, "layers": "first-last"}, torch.float32, "5GB"),
     "vit": (
@@ -156,13 +179,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs_for(model).items()}
         data = [inputs] if "pixel_values" in inputs else torch.randint(3, VOCAB, (8, 24))
         convert(model, PeerConfig(**options), data)
+        model.set_active(model.config.peer_active, prefill="budget")  # so that what was saved shows
         keep(name, auto, model, inputs, shard_size)
 
     model = tiny_model("llama")
     tokenizer = tiny_tokenizer()
     convert(model, PeerConfig(active=0.5), torch.randint(0, 256, (8, 32)))
     tokenizer.save_pretrained(root / "tied-sharded")
-    keep("tied-sharded", "AutoModelForCausalLM", model, {"input_ids": torch.randint(0, 256, (2, 9))}, "8KB")
+    ids = torch.randint(0, 256, (2, 9))
+    keep("tied-sharded", "AutoModelForCausalLM", model, {"input_ids": ids}, "8KB")
+    answers = {}
+    for active in ("0.3", "0.7", "1"):
+        model.set_active(float(active), prefill="budget")
+        answers[active] = logits(model, {"input_ids": ids})
+    assert not torch.equal(answers["0.3"], answers["0.7"])
+    assert not torch.equal(answers["0.7"], answers["1"])
+    save_file(answers, root / "budgets.logits")
 
     # Its constructor asks an Auto class for another architecture with its own config.
     model = shieldgemma2()
@@ -218,7 +250,7 @@ def test_fixture_is_what_it_says(folder: Path) -> None:
 
 def test_without_peerify(folder: Path) -> None:
     said = python(BLOCK + STRANGER, folder, "-I").splitlines()
-    for line in ("cache", "pipeline", "backbone", "another head", "no trust, no model"):
+    for line in ("cache", "pipeline", "backbone", "another head", "no trust, no model", "budgets"):
         assert line in said
     assert {line for line in said if line.startswith("same ")} == {
         f"same {name}" for name in [*MODELS, "tied-sharded", "shieldgemma2"]

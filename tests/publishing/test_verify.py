@@ -76,8 +76,8 @@ def exact(model: Any, batch: dict[str, Any]) -> Conversion:
         model=model,
         layers=layers,
         layer_errors=dict.fromkeys(layers, 0.0),
-        active_fraction=1.0,
-        router_fraction=0.1,
+        bytes_fraction=1.0,
+        macs_fraction=1.0,
         predicted_ratio=None,
         seconds=0.0,
     )

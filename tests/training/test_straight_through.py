@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from training_layers import ESTIMATING, PLAIN, peer
 
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.training import straight_through as routing
 from peerify.training.straight_through import StraightThrough
@@ -139,6 +141,26 @@ def test_a_record_for_the_log_alone_keeps_no_graph(gates: str) -> None:
             assert router._seen["mlp"].row_tha.requires_grad is with_losses
             found.append(router.statistics())
     assert found[0] == found[1]
+
+
+def test_the_record_of_a_layer_with_budgets_is_what_it_used() -> None:
+    layer = ElasticPEER(12, 46, gated=True, activation="silu", budgets=[[0.3, 1.0, 0.02, 0.3, 0.5]])
+    model, x = nn.ModuleDict({"mlp": layer}), torch.randn(2, 20, 12)
+    layer.set_active(0.3)
+    with StraightThrough(model, temperature=0.3) as router:
+        layer(x)
+        assert router.statistics() == {}, "it was not asked to record"
+        router.recording = True
+        layer(x)
+        statistics = router.statistics()["mlp"]
+        router.forget()
+        assert router.statistics() == {}
+    mask_tn, read, done = layer.usage(x.flatten(0, 1))
+    share_n = mask_tn.sum(0).double() / mask_tn.sum()
+    assert statistics["used"] == pytest.approx(mask_tn.any(0).double().mean().item())
+    assert statistics["kl_uniform"] == pytest.approx(math.log(46) - torch.special.entr(share_n).sum().item())
+    assert (statistics["bytes"], statistics["macs"]) == pytest.approx((read, done))
+    assert layer.pool.observer is None
 
 
 def test_balance_terms_even_out_retrieval() -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from training_runs import STAGES, files, log, recipe, trained, weights  # noqa: F401
 
 from peerify import cli
+from peerify.evaluation import evaluate_checkpoint
 from peerify.training.dry_run import plan_training
 
 # What is learnt, and what is written
@@ -27,8 +28,9 @@ def overfit(**stage: Any) -> tuple[float, float]:
     Path("four.txt").write_text(Path("train.txt").read_text()[:130])
     settings = {"data": {"sources": "four.txt", "context": 32}, "tokens": 128 * 40, "evaluation": None}
     train = {key: stage.pop(key) for key in ("precision", "gradient_checkpointing", "micro_batch_size") if key in stage}
-    stage = {"objectives": {"kl": 1}, "optimizer": {"lr": 1e-3}} | stage
-    trained(stages=[stage], overwrite=True, **settings, **train)
+    model = stage.get("model", "peer")
+    stage = {"objectives": {"kl": 1}, "optimizer": {"lr": 1e-3}} | {k: v for k, v in stage.items() if k != "model"}
+    trained(f"output={model}", stages=[stage], overwrite=True, output="peer-healed", **settings, **train)
     losses = [value for key, value in log().items() if key.startswith("loss ")]
     assert len(losses) == 40
     return losses[0], losses[-1]
@@ -44,13 +46,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "layerwise": {"objectives": {"layerwise": 1}},
     "next_token": {"objectives": {"next_token": 1}, "optimizer": {"lr": 5e-3}},
     "top logits": {"objectives": {"kl": 1, "kl_topk": 20}},
-    "balance": {"objectives": {"kl": 1, "load_balance": 1e-3, "z_loss": 1e-4}, "balance_rate": 1e-3},
+    "product": {"model": "product", "optimizer": {"lr": 1e-3, "router_scale": 1}},
+    "balance": {
+        "model": "product",
+        "objectives": {"kl": 1, "load_balance": 1e-3, "z_loss": 1e-4},
+        "balance_rate": 1e-3,
+    },
     "bf16": {"precision": "bf16", "gradient_checkpointing": True},
     "accumulate": {"micro_batch_size": 1},
 }
 
 
-@pytest.mark.parametrize("way", [way if way == "full" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+QUICK = ("full", "product")
+
+
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_every_way_to_train_lowers_its_loss(here: Path, way: str) -> None:
     first, last = overfit(**WAYS[way])
     assert last < 0.8 * first
@@ -63,19 +73,33 @@ def test_the_best_is_written_not_the_last(here: Path) -> None:
     best = min(perplexities, key=perplexities.__getitem__)
     assert result["best_step"] == best
     assert result["perplexity"] == perplexities[best]
-    from peerify.evaluation import evaluate_checkpoint
-
     measured = evaluate_checkpoint("peer-healed", data="test.txt", context=32, max_tokens=128)
     assert measured["perplexity"] == pytest.approx(perplexities[best], rel=1e-4)
 
 
-def test_what_does_not_train_stays_to_the_bit(here: Path) -> None:
-    trained(stages=[{"train": "peer", "optimizer": {"router_scale": 0}}])
-    before, after = weights("peer"), weights("peer-healed")
+@pytest.mark.parametrize("model", ["peer", "product"])
+def test_what_does_not_train_stays_to_the_bit(here: Path, model: str) -> None:
+    trained(f"output={model}", stages=[{"train": "peer", "optimizer": {"router_scale": 0}}])
+    before, after = weights(model), weights(f"{model}-healed")
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved
-    assert all(".pool." in name for name in moved)
+    tables = {name for name in before if name.endswith((".pool.u", ".pool.v", ".pool.gate"))}
+    assert moved == tables, "not what calibration text told, either"
+
+
+def test_a_model_with_budgets_trains_at_its_own(here: Path) -> None:
+    """What training measures is what the model does at its budget, and the budget stays."""
+    converted = json.loads(Path("peer/config.json").read_text())
+    result = trained(stages=[{}])
+    healed = json.loads(Path("peer-healed/config.json").read_text())
+    assert healed["peer_active"] == converted["peer_active"] == 0.5
+    assert healed["peer"] == converted["peer"]
+    rows = [layers for key, layers in log().items() if key.startswith("layers")]
+    assert len(rows) == 10
+    assert all(0 < layer["bytes"] < 1 and 0 < layer["used"] <= 1 for layers in rows for layer in layers.values())
+    measured = evaluate_checkpoint("peer-healed", data="test.txt", context=32, max_tokens=128, active=[0.5, 1.0])
+    assert measured["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
+    assert measured["budgets"][1]["perplexity"] != pytest.approx(result["perplexity"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -98,7 +122,7 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, peer_prefill="budget").eval()
 ids = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
@@ -174,24 +198,26 @@ def test_curves_go_to_the_loggers(here: Path, name: Any) -> None:
 # The plan and the command line
 
 
-def test_the_plan_counts_what_trains(here: Path) -> None:
-    plan = plan_training(recipe())
-    real = trained()
+@pytest.mark.parametrize("name", ["peer", "product"])
+def test_the_plan_counts_what_trains(here: Path, name: str) -> None:
+    plan = plan_training(recipe(f"output={name}"))
+    real = trained(f"output={name}")
     assert plan["steps"] == real["steps"]
     assert plan["tokens"] == real["tokens"]
     from peerify.checkpoint.load import load_for_eval
 
-    model: Any = load_for_eval("peer").model
+    model: Any = load_for_eval(name).model
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
-    counts = {name: p.numel() for name, p in model.named_parameters() if not re.search("rerank_|deviation", name)}
-    peer = sum(count for name, count in counts.items() if ".mlp." in name)
+    measured = re.compile("rerank_|deviation|input_rms")
+    counts = {path: p.numel() for path, p in model.named_parameters() if not measured.search(path)}
+    peer = sum(count for path, count in counts.items() if ".mlp." in path)
     assert [stage["trainable"] for stage in plan["stages"]] == [peer, sum(counts.values())]
-    size = sum(path.stat().st_size for path in Path("peer-healed-run").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in Path(f"{name}-healed-run").rglob("*") if path.is_file())
     assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.6)
-    before = plan_training(recipe("output=not-there-yet"))
+    before = plan_training(recipe("output=not-there-yet", *(["convert.keys=product"] if name == "product" else [])))
     # Without the converted model about the same: the text decides each layer's share, and with it the router's rank.
-    assert before["parameters"] == pytest.approx(plan["parameters"], rel=0.02)
-    lora = plan_training(recipe(stages=[{"train": "peer+lora"}]))["stages"][0]
+    assert before["parameters"] == pytest.approx(plan["parameters"], rel=0.02 if name == "product" else 1e-9)
+    lora = plan_training(recipe(f"output={name}", stages=[{"train": "peer+lora"}]))["stages"][0]
     from peerify.config.train import StageConfig
     from peerify.training import groups
 

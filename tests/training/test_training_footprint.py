@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peerify.config.train import StageConfig, TrainConfig
+from peerify.modeling import peer_elastic
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.training.footprint import PROCESS, memory_of
 from peerify.training.straight_through import StraightThrough
@@ -18,13 +20,13 @@ from peerify.training.straight_through import StraightThrough
 WINDOWS, CONTEXT, WIDTH, EXPERTS = 4, 64, 64, 256
 
 
-def model_of(**options: Any) -> Any:
+def model_of(kind: type[PEER | ElasticPEER] = PEER, **options: Any) -> Any:
     config = LlamaConfig(
         vocab_size=48, hidden_size=WIDTH, intermediate_size=EXPERTS, num_hidden_layers=3, num_attention_heads=4
     )
     model = LlamaForCausalLM(config)
     for block in model.model.layers:
-        block.mlp = PEER(WIDTH, EXPERTS, **options)
+        block.mlp = kind(WIDTH, EXPERTS, **options)
     return model
 
 
@@ -43,6 +45,24 @@ def kept_bytes(model: Any, router: StraightThrough) -> int:
         size = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
         assert logits.requires_grad
     return size
+
+
+@pytest.mark.parametrize("active", [0.4, 1])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts a CPU takes the tokens in, the copies are kept once."""
+    monkeypatch.setattr(peer_elastic, "AT_ONCE", WINDOWS * CONTEXT // 4)
+    model = model_of(ElasticPEER, gated=gated, activation="silu", budgets=[[0.4, 1.0, 0.01, 0.4, 0.6]])
+    for block in model.model.layers:
+        block.mlp.set_active(active)
+    data = {"sources": [], "context": CONTEXT}
+    config = TrainConfig.model_validate({"data": data, "tokens": 1, "batch_size": WINDOWS, "precision": "no"})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stage = StageConfig(train="full")
+    stated = memory_of(model, config, stage, parameters=parameters, trainable=parameters, teacher=0)
+    really = kept_bytes(model.train(), StraightThrough(model, temperature=0.3))
+    assert stated["copies"] == (0 if active == 1 else 4 * 3 * (3 if gated else 2) * WIDTH * EXPERTS)
+    assert stated["activations"] + stated["copies"] == pytest.approx(really, rel=0.15)
 
 
 @pytest.mark.parametrize("every", [1, 4])

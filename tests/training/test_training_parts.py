@@ -16,6 +16,7 @@ from training_layers import ESTIMATING, peer
 
 from peerify.config.train import OptimizerConfig, StageConfig, TrainConfig
 from peerify.errors import UsageError
+from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.training import groups, objectives, optimizers, state
 
 # Losses
@@ -109,6 +110,11 @@ def test_groups_have_their_own_rates_and_only_matrices_decay() -> None:
     (router,) = (group for group in groups.parameter_groups(model, stage) if group["name"] == "router")
     names = {name.rpartition("keys.")[2] for name in router["names"]}
     assert names == {"query_proj.weight", "sub_keys", "sub_key_bias", "log_scale"}  # not the measured deviation
+    model = nn.ModuleDict({"mlp": ElasticPEER(12, 30, gated=True, output_bias=True)})
+    groups.select_trainable(model, stage)
+    found = {group["name"]: group for group in groups.parameter_groups(model, stage)}
+    assert {name.rpartition("pool.")[2] for name in found["experts"]["names"]} >= {"u", "v", "gate"}
+    assert not any("input_rms" in name for group in found.values() for name in group["names"])
 
 
 @pytest.mark.parametrize(("train", "trains"), [("peer", {"pool", "keys"}), ("full", {"pool", "keys", "other"})])

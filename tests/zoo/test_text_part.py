@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peerify import PeerConfig, convert
-from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_elastic import ElasticPEER
 
 STRANGER = """
 import sys, torch
@@ -50,13 +50,14 @@ def test_text_part_of_a_converted_model(model_type: str, whole_class: str, text_
     converted = convert(whole.eval(), PeerConfig(active=0.5), ids_bt).model
     inside = [path for path in converted.config.peer["layers"] if "language_model." in path]
     assert inside
+    converted.set_active(0.5, prefill="budget")
     converted.save_pretrained(tmp_path)
     expected = answer(converted, ids_bt)
 
     part, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert type(part).__name__ == "Peer" + text_class
-    assert sum(isinstance(module, PEER) for module in part.modules()) == len(inside)
+    assert sum(isinstance(module, ElasticPEER) for module in part.modules()) == len(inside)
     torch.testing.assert_close(answer(part.eval(), ids_bt), expected)
 
     part.save_pretrained(tmp_path / "alone")

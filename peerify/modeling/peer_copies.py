@@ -1,0 +1,200 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""Copies of experts in a few bits, and what they tell of each expert for a token.
+
+The copy of an expert's input and gate vectors is its key: a token's products with it estimate how much the expert would
+add to the output, and how far that estimate is off. Product keys (peer_keys.py) sum two sub-keys that many experts
+share; here each expert has a key of its own, cheap because of its bits.
+
+Copies are made from the experts, so nothing is stored twice and training cannot leave them behind. Numbers of a vector
+come in groups with a step each, and are rounded to the nearest of 2^bits levels, symmetric about zero. Inputs that are
+large on calibration text are scaled up before rounding, so that they are rounded finer (Lin et al., AWQ, 2306.00978).
+
+Shape suffixes: t tokens, d d_model, n experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's largest number: the one with the least squared error is taken
+EXPONENT = 0.5  # of the inputs' sizes, in the scaling before rounding
+ROWS = 2**22  # numbers that are rounded at a time: bounds memory
+NODE = 3**0.5  # of Gauss-Hermite quadrature with three points
+
+
+class Copies(NamedTuple):
+    """Experts in a few bits, as numbers, and how far they are off."""
+
+    u_nd: torch.Tensor
+    gate_nd: torch.Tensor | None
+    v_nd: torch.Tensor
+    u_error_n: torch.Tensor
+    """Standard deviation of a product with `u_nd` from that with the expert's own vector, on calibration text."""
+    gate_error_n: torch.Tensor | None
+    u_rms_n: torch.Tensor
+    """Root mean square of the numbers of an expert's vector: what an input that is not read may contribute."""
+    gate_rms_n: torch.Tensor | None
+    energy_n: torch.Tensor
+    """|v_i|^2"""
+    v_error_n: torch.Tensor
+    """|v_i - its copy|^2"""
+    reach_d: torch.Tensor
+    """Norm of what each input is multiplied with: it tells which inputs of a token matter."""
+
+
+class Estimate(NamedTuple):
+    """What copies tell of the experts of each token; E is over the error of the copies' products."""
+
+    a_tn: torch.Tensor
+    """E a_i, of the activation that multiplies the output vector."""
+    left_out_tn: torch.Tensor
+    """E |a_i v_i|^2: the squared error of an output that leaves the expert out."""
+    copied_tn: torch.Tensor
+    """E |a_i v_i - a^_i v^_i|^2: that of an output that takes the copy instead."""
+
+
+def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | None = None) -> torch.Tensor:
+    """`w_nd` rounded to 2^bits levels (k + 1/2) step in groups along d, as numbers of its own type.
+
+    Args:
+        scale_d: what numbers are multiplied with before they are rounded, and divided by afterwards.
+    """
+    columns = w_nd.shape[1]
+    if len(w_nd) * columns > ROWS and len(w_nd) > 1:
+        parts = w_nd.split(max(1, ROWS // columns))
+        return torch.cat([in_few_bits(part, bits, group, scale_d) for part in parts])
+    scaled_nd = w_nd.float() if scale_d is None else w_nd.float() * scale_d
+    grouped = F.pad(scaled_nd, (0, -columns % group)).unflatten(1, (-1, group))
+    half = 2 ** (bits - 1)
+    largest = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    best, least = None, None
+    for clip in CLIPS:
+        step = (largest * (clip / half)).bfloat16().float().clamp_min(1e-30)  # as it would be stored
+        rounded = ((grouped / step).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step)
+        error = (rounded - grouped).square_().sum(-1, keepdim=True)
+        if best is None or least is None:
+            best, least = rounded, error
+        else:
+            better = error < least
+            best, least = torch.where(better, rounded, best), torch.where(better, error, least)
+    assert best is not None
+    result = best.flatten(1)[:, :columns]
+    return (result if scale_d is None else result / scale_d).to(w_nd.dtype)
+
+
+@torch.no_grad()
+def make_copies(pool: Any) -> Copies:
+    """Copies of the experts of `pool` as they are now.
+
+    Raises:
+        ValueError: its `input_rms` cannot be what was measured.
+    """
+    rms_d = pool.input_rms.float()
+    if not torch.compiler.is_compiling() and not bool((rms_d.isfinite() & (rms_d >= 0)).all()):
+        raise ValueError(
+            "input_rms of a PEER layer has numbers that are not finite or below 0: the weights are damaged; convert "
+            "the model again"
+        )
+    scale_d = (rms_d / rms_d.mean().clamp_min(1e-30)).clamp_min(1e-4) ** EXPONENT
+
+    def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
+        # Errors of rounding do not depend on each other, so those of single inputs add up.
+        return ((copy_nd.float() - w_nd.float()) * rms_d).norm(dim=1)
+
+    def rms(w_nd: torch.Tensor) -> torch.Tensor:
+        return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
+
+    u_nd, v_nd = (
+        in_few_bits(table, pool.bits, pool.group, scale) for table, scale in ((pool.u, scale_d), (pool.v, None))
+    )
+    gate_nd = None if pool.gate is None else in_few_bits(pool.gate, pool.bits, pool.group, scale_d)
+    v, columns = pool.v.float(), pool.u.float().square().sum(0)
+    if pool.gate is not None:
+        columns += pool.gate.float().square().sum(0)
+    return Copies(
+        u_nd,
+        gate_nd,
+        v_nd,
+        error(pool.u, u_nd),
+        None if gate_nd is None else error(pool.gate, gate_nd),
+        rms(pool.u),
+        None if pool.gate is None else rms(pool.gate),
+        v.square().sum(1),
+        (v - v_nd.float()).square().sum(1),
+        columns.sqrt(),
+    )
+
+
+def with_gradients(pool: Any, copies: Copies) -> Copies:
+    """The same copies, whose gradients pass to the experts as if nothing were rounded."""
+
+    def straight_through(copy_nd: torch.Tensor, w_nd: torch.Tensor) -> torch.Tensor:
+        return copy_nd + (w_nd - w_nd.detach()) if w_nd.requires_grad else copy_nd
+
+    gate_nd = None if copies.gate_nd is None else straight_through(copies.gate_nd, pool.gate)
+    u_nd, v_nd = straight_through(copies.u_nd, pool.u), straight_through(copies.v_nd, pool.v)
+    return copies._replace(u_nd=u_nd, gate_nd=gate_nd, v_nd=v_nd)
+
+
+def largest_inputs(x_td: torch.Tensor, reach_d: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The inputs that matter most to each token, the others 0; and the squared norm of what was left out, (t, 1).
+
+    Args:
+        share: of the inputs that are read; 1: all, and nothing is left out.
+    """
+    d_model = x_td.shape[1]
+    read = max(1, round(share * d_model))
+    if read >= d_model:
+        return x_td, None
+    size_td = x_td.detach().float().abs() * reach_d
+    level_t1 = size_td.kthvalue(d_model - read + 1, dim=1, keepdim=True).values
+    mask_td = size_td >= level_t1
+    omitted_t1 = x_td.detach().float().square().masked_fill(mask_td, 0.0).sum(1, keepdim=True)
+    return x_td * mask_td.to(x_td.dtype), omitted_t1
+
+
+def estimate(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> Estimate:
+    """What the copies tell of each expert for each token.
+
+    The error of a product is taken as normal. Expectations of the activation function are by Gauss-Hermite quadrature
+    with three points, exact for polynomials of degree 5.
+
+    Args:
+        inputs: share of the inputs that are read.
+    """
+    read_td, omitted_t1 = largest_inputs(x_td, copies.reach_d, inputs)
+    exact = torch.float64 if x_td.dtype == torch.float64 else torch.float32
+
+    def product(
+        table: torch.Tensor, bias: torch.Tensor | None, error_n: torch.Tensor, rms_n: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z_tn = F.linear(read_td, table, bias).to(exact)
+        return z_tn, error_n if omitted_t1 is None else (omitted_t1 * rms_n.square() + error_n.square()).sqrt()
+
+    def activation(z_tn: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E act(z) and E act(z)^2."""
+        act = pool.act_of if pool.gate is not None else pool.act
+        middle_tn, low_tn, high_tn = act(z_tn), act(z_tn - NODE * deviation), act(z_tn + NODE * deviation)
+        mean_tn = (low_tn + high_tn + 4 * middle_tn) / 6
+        return mean_tn, (low_tn.square() + high_tn.square() + 4 * middle_tn.square()) / 6
+
+    u_tn, u_deviation = product(copies.u_nd, pool.u_bias, copies.u_error_n, copies.u_rms_n)
+    if copies.gate_nd is None:
+        a_tn, square_tn = activation(u_tn, u_deviation)
+        variance_tn = square_tn - a_tn.square()
+    else:
+        assert copies.gate_error_n is not None
+        assert copies.gate_rms_n is not None
+        gate_tn, deviation = product(copies.gate_nd, pool.gate_bias, copies.gate_error_n, copies.gate_rms_n)
+        mean_tn, square_tn = activation(gate_tn, deviation)
+        up_tn = pool.up_of(u_tn)
+        a_tn, up2_tn = mean_tn * up_tn, up_tn.square()
+        noise_tn = square_tn * u_deviation.square()
+        variance_tn = (square_tn - mean_tn.square()) * up2_tn + noise_tn
+        square_tn = square_tn * up2_tn + noise_tn
+    left_out_tn = square_tn * copies.energy_n
+    copied_tn = variance_tn.clamp_min(0) * copies.energy_n + square_tn * copies.v_error_n
+    return Estimate(a_tn, left_out_tn, copied_tn)
