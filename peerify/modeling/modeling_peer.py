@@ -3,9 +3,9 @@
 
 This folder's files need torch and transformers only. They are part of the peerify package *and* are copied verbatim
 beside the weights of every converted model, so that ``from_pretrained(..., trust_remote_code=True)`` works without
-peerify. There are two layers: peer_elastic.py, whose experts have keys of their own (peer_copies.py), and
-peer_layer.py, which retrieves experts by product keys (peer_keys.py, peer_selection.py). Both take them from
-peer_experts.py.
+peerify. There are two layers. That of peer_elastic.py has experts with copies of few bits as keys (peer_copies.py,
+peer_elastic_pool.py), that of peer_layer.py retrieves experts by product keys (peer_keys.py, peer_selection.py). Tables
+of experts are in peer_experts.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .peer_layer import PEER
 
 FORMAT = 2  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 # The files that travel beside the weights: this one, and what it imports. On one line, which peerify reads.
-FILES = ("modeling_peer.py", "peer_copies.py", "peer_elastic.py", "peer_experts.py", "peer_keys.py", "peer_layer.py", "peer_selection.py")  # fmt: skip  # noqa: E501
+FILES = ("modeling_peer.py", "peer_copies.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_experts.py", "peer_keys.py", "peer_layer.py", "peer_selection.py")  # fmt: skip  # noqa: E501
 PREFILL = ("all", "budget")
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_elastic
+from peerify.modeling import peer_elastic_pool
 from peerify.modeling.peer_elastic import PREFILL, Budget, ElasticPEER
 
 CLAMP = {"gate": 0.7, "act": 0.4, "up": 0.8, "shift": 0.3}
@@ -51,7 +51,7 @@ def test_each_expert_is_taken_as_its_error_is_worth(data: st.DataObject, seed: i
     torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     layer.watch(None)
     torch.testing.assert_close(torch.cat([layer(part) for part in x_td.split(PREFILL)]), y_td, rtol=1e-6, atol=1e-6)
-    with patch.object(peer_elastic, "AT_ONCE", 4):
+    with patch.object(peer_elastic_pool, "AT_ONCE", 4):
         torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     mask_tn, read, done = layer.usage(x_td)
     assert mask_tn.tolist() == layer.active_experts(x_td).tolist() == [[t != "none" for t in row] for row in tiers]

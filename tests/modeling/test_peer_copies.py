@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peer_reference import normals
 from torch.nn import functional as F
 
-from peerify.modeling import peer_copies, peer_elastic
+from peerify.modeling import peer_copies, peer_elastic_pool
 from peerify.modeling.peer_copies import in_few_bits
 from peerify.modeling.peer_elastic import ElasticPEER
 
@@ -121,7 +121,7 @@ def test_gradients_pass_to_the_experts_as_if_nothing_were_rounded(gated: bool, i
     else:
         raise AssertionError("no price has all three kinds")
     slope = torch.randn_like(x_td)
-    with patch.object(peer_elastic, "AT_ONCE", 7):
+    with patch.object(peer_elastic_pool, "AT_ONCE", 7):
         layer(x_td).backward(slope)
     a_tn = choice.full_tn * layer.pool.products(x_td)[2] + choice.copied_tn * choice.a_tn
     torch.testing.assert_close(layer.pool.v.grad, a_tn.T @ slope, rtol=1e-6, atol=1e-6)

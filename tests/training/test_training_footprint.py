@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peerify.config.train import StageConfig, TrainConfig
-from peerify.modeling import peer_elastic
+from peerify.modeling import peer_elastic_pool
 from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.training.footprint import PROCESS, memory_of
@@ -51,7 +51,7 @@ def kept_bytes(model: Any, router: StraightThrough) -> int:
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many parts a CPU takes the tokens in, the copies are kept once."""
-    monkeypatch.setattr(peer_elastic, "AT_ONCE", WINDOWS * CONTEXT // 4)
+    monkeypatch.setattr(peer_elastic_pool, "AT_ONCE", WINDOWS * CONTEXT // 4)
     model = model_of(ElasticPEER, gated=gated, activation="silu", budgets=[[0.4, 1.0, 0.01, 0.4, 0.6]])
     for block in model.model.layers:
         block.mlp.set_active(active)
