@@ -72,7 +72,7 @@ def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor
     largest = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     best, least = None, None
     for clip in CLIPS:
-        step = (largest * (clip / half)).bfloat16().float().clamp_min(1e-30)  # as it would be stored
+        step = _as_bfloat16(largest * (clip / half)).clamp_min(1e-30)  # as it would be stored
         rounded = ((grouped / step).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step)
         error = (rounded - grouped).square_().sum(-1, keepdim=True)
         if best is None or least is None:
@@ -83,6 +83,12 @@ def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor
     assert best is not None
     result = best.flatten(1)[:, :columns]
     return (result if scale_d is None else result / scale_d).to(w_nd.dtype)
+
+
+def _as_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Finite float32 numbers rounded to bfloat16, by their bits: torch.compile leaves out a cast there and back."""
+    bits = x.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 @torch.no_grad()
