@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peerify.config.peer import PeerConfig
@@ -25,7 +26,9 @@ from peerify.conversion.layer import copy_neurons
 from peerify.discovery.sites import Site
 from peerify.errors import ConversionError
 from peerify.modeling.modeling_peer import make_layer
+from peerify.modeling.peer_copies import Copy, Estimate
 from peerify.modeling.peer_elastic import Budget, ElasticPEER
+from peerify.modeling.peer_elastic_pool import COARSE, FINE, FULL
 
 LEVELS = (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INPUTS = (1.0, 0.75, 0.5, 0.35, 0.25)  # shares that a layer may read to estimate
@@ -90,11 +93,14 @@ def typical_cost(layer: ElasticPEER, active: float) -> tuple[float, float]:
     """
     if active >= 1:
         return 1.0, 1.0
-    experts, value = layer.num_experts, layer.pool.costs()[1]
-    inputs = next((share for share in INPUTS if layer.cost(share, 0, 0)[0] <= KEY_SHARE * active), INPUTS[-1])
-    left = max(0.0, active - layer.cost(inputs, 0, 0)[0]) * layer.d_ff
-    copied = min(COPIED * experts, left / value)
-    return layer.cost(inputs, copied, left - copied * value)
+    def keys(inputs: float) -> float:
+        return layer.cost(inputs, (0, 0, 0))[0]
+
+    inputs = next((share for share in INPUTS if keys(share) <= KEY_SHARE * active), INPUTS[-1])
+    _, coarse, fine = layer.pool.costs(inputs)
+    left, experts = max(0.0, active - keys(inputs)) * layer.d_ff, layer.num_experts
+    copied = min(COPIED * experts, left / coarse)
+    return layer.cost(inputs, (copied, 0, left - copied * coarse))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,25 +142,70 @@ def price_curve(layer: ElasticPEER, data: SiteData) -> list[Point]:
     pool = layer.pool
     copies = pool.copies()
     a_tn = pool.products(x_td)[2]
-    left_out_tn = a_tn.square() * copies.energy_n
     power_t = y_td.square().sum(1)
     power_t = power_t + 1e-3 * power_t.mean() + torch.finfo(power_t.dtype).tiny
+
+    def off(copied_tn: Tensor, copy: Copy) -> Tensor:
+        return (a_tn - copied_tn).square() * copies.energy_n + copied_tn.square() * copy.v_error_n
+
+    fine = copies.fine
+    gate_tn = None if fine.gate_nd is None else F.linear(x_td, fine.gate_nd, pool.gate_bias)
+    fine_tn = off(pool.activate(F.linear(x_td, fine.u_nd, pool.u_bias), gate_tn), fine)
     points = []
     for inputs in INPUTS:
         estimated = pool.estimate(x_td, copies, inputs)
-        copied_tn = (a_tn - estimated.a_tn).square() * copies.energy_n + estimated.a_tn.square() * copies.v_error_n
-        value = pool.costs()[1]
-        high = max(_quantile(estimated.left_out_tn, 0.9995) / value, 1e-30)
-        low = max(_quantile(estimated.copied_tn, 0.02) / (1 - value), high * 1e-12)
-        for i in range(PRICES):
-            price = high * (low / high) ** (i / (PRICES - 1))
-            copied, full = pool.tiers(estimated, price)
-            error_tn = torch.where(copied, copied_tn, left_out_tn).masked_fill_(full, 0.0)
-            read, done = layer.cost(inputs, float(copied.sum()) / len(x_td), float(full.sum()) / len(x_td))
-            error = float((error_tn.sum(1) / power_t).mean())
+        _, coarse, _ = pool.costs(inputs)
+        high = max(_quantile(estimated.left_out_tn, 0.9995) / coarse, 1e-30)
+        low = max(_quantile(estimated.fine_tn, 0.02), high * 1e-12)
+        prices_p = torch.logspace(math.log10(low), math.log10(high), PRICES, dtype=torch.float64)
+        errors = a_tn.square() * copies.energy_n, off(estimated.a_tn, copies.coarse), fine_tn
+        error_p = (errors[0].sum(1) / power_t).double().mean().cpu().expand(PRICES)
+        reached = []  # experts of a token that are read at least so closely, by price
+        for limit_tn, error_tn, closer_tn in zip(
+            _limits(estimated, pool.costs(inputs)), errors, (*errors[1:], torch.zeros_like(fine_tn)), strict=True
+        ):
+            above = torch.bucketize(limit_tn.flatten().double().cpu(), prices_p, right=True)
+            saved = ((error_tn - closer_tn) / power_t[:, None]).flatten().double().cpu()
+            error_p = error_p - _up_to(above, saved) / len(x_td)
+            reached.append(_up_to(above, torch.ones_like(saved)) / len(x_td))
+        counts_p = [reached[0] - reached[1], reached[1] - reached[2], reached[2]]
+        for i, price in enumerate(prices_p.tolist()):
+            read, done = layer.cost(inputs, [float(count_p[i]) for count_p in counts_p])
             if read < 1:
-                points.append(Point(inputs, price, read, done, error))
+                points.append(Point(inputs, price, read, done, max(0.0, float(error_p[i]))))
     return [*points, EVERYTHING]
+
+
+def _limits(found: Estimate, costs: tuple[float, float, float]) -> list[Tensor]:
+    """The highest prices at which experts are read coarsely or closer, finely or closer, and in full: (t, n) each.
+
+    An expert is read at least as closely as a tier if a tier from there on is better than each one before, which it is
+    up to the error that it saves over what it costs more.
+    """
+    _, coarse, fine = costs
+    tiers = [(found.left_out_tn, 0.0), (found.coarse_tn, coarse), (found.fine_tn, fine)]
+    tiers.append((torch.zeros_like(found.fine_tn), 1.0))
+
+    def limit(tier: int) -> Tensor:
+        best = None
+        for error_tn, cost in tiers[tier:]:
+            worth = [(before_tn - error_tn) / (cost - less) for before_tn, less in tiers[:tier] if less < cost]
+            least = torch.stack(worth).amin(0)
+            best = least if best is None else torch.maximum(best, least)
+        assert best is not None
+        return best
+
+    return [limit(tier) for tier in (COARSE, FINE, FULL)]
+
+
+def _up_to(above: Tensor, weights: Tensor) -> Tensor:
+    """For each price, the sum of the weights of all limits that it does not exceed.
+
+    Args:
+        above: the number of prices that do not exceed each limit.
+    """
+    histogram = torch.bincount(above, weights=weights, minlength=PRICES + 1)
+    return histogram.flip(0).cumsum(0).flip(0)[1:]
 
 
 def _quantile(x_tn: Tensor, share: float) -> float:

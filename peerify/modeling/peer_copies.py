@@ -1,9 +1,10 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
 """Copies of experts in a few bits, and what they tell of each expert for a token.
 
-The copy of an expert's input and gate vectors is its key: a token's products with it estimate how much the expert would
-add to the output, and how far that estimate is off. Product keys (peer_keys.py) sum two sub-keys that many experts
-share; here each expert has a key of its own, cheap because of its bits.
+The coarse copy of an expert's input and gate vectors is its key: a token's products with it estimate how much the
+expert would add to the output, and how far that estimate is off. Product keys (peer_keys.py) sum two sub-keys that many
+experts share; here each expert has a key of its own, cheap because of its bits. The fine copy is the coarse one plus a
+copy, of as many bits again, of what that leaves: who has read the coarse one reads only the rest.
 
 Copies are made from the experts, so nothing is stored twice and training cannot leave them behind. Numbers of a vector
 come in groups with a step each, and are rounded to the nearest of 2^bits levels, symmetric about zero. Inputs that are
@@ -23,9 +24,10 @@ CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's largest number: the one with t
 EXPONENT = 0.5  # of the inputs' sizes, in the scaling before rounding
 ROWS = 2**22  # numbers that are rounded at a time: bounds memory
 NODE = 3**0.5  # of Gauss-Hermite quadrature with three points
+TINY = 1e-30
 
 
-class Copies(NamedTuple):
+class Copy(NamedTuple):
     """Experts in a few bits, as numbers, and how far they are off."""
 
     u_nd: torch.Tensor
@@ -34,26 +36,35 @@ class Copies(NamedTuple):
     u_error_n: torch.Tensor
     """Standard deviation of a product with `u_nd` from that with the expert's own vector, on calibration text."""
     gate_error_n: torch.Tensor | None
+    v_error_n: torch.Tensor
+    """|v_i - its copy|^2"""
+
+
+class Copies(NamedTuple):
+    """Both copies, and what is known of the experts themselves."""
+
+    coarse: Copy
+    fine: Copy
     u_rms_n: torch.Tensor
     """Root mean square of the numbers of an expert's vector: what an input that is not read may contribute."""
     gate_rms_n: torch.Tensor | None
     energy_n: torch.Tensor
     """|v_i|^2"""
-    v_error_n: torch.Tensor
-    """|v_i - its copy|^2"""
     reach_d: torch.Tensor
     """Norm of what each input is multiplied with: it tells which inputs of a token matter."""
 
 
 class Estimate(NamedTuple):
-    """What copies tell of the experts of each token; E is over the error of the copies' products."""
+    """What the coarse copies tell of the experts of each token; E is over the error of the copies' products."""
 
     a_tn: torch.Tensor
     """E a_i, of the activation that multiplies the output vector."""
     left_out_tn: torch.Tensor
     """E |a_i v_i|^2: the squared error of an output that leaves the expert out."""
-    copied_tn: torch.Tensor
-    """E |a_i v_i - a^_i v^_i|^2: that of an output that takes the copy instead."""
+    coarse_tn: torch.Tensor
+    """E |a_i v_i - a^_i v^_i|^2: that of an output that takes the coarse copy instead."""
+    fine_tn: torch.Tensor
+    """That of one that takes the fine copy."""
 
 
 def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,10 +80,10 @@ def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor
     scaled_nd = w_nd.float() if scale_d is None else w_nd.float() * scale_d
     grouped = F.pad(scaled_nd, (0, -columns % group)).unflatten(1, (-1, group))
     half = 2 ** (bits - 1)
-    largest = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    largest = grouped.abs().amax(-1, keepdim=True).clamp_min(TINY)
     best, least = None, None
     for clip in CLIPS:
-        step = _as_bfloat16(largest * (clip / half)).clamp_min(1e-30)  # as it would be stored
+        step = _as_bfloat16(largest * (clip / half)).clamp_min(TINY)  # as it would be stored
         rounded = ((grouped / step).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step)
         error = (rounded - grouped).square_().sum(-1, keepdim=True)
         if best is None or least is None:
@@ -104,7 +115,7 @@ def make_copies(pool: Any) -> Copies:
             "input_rms of a PEER layer has numbers that are not finite or below 0: the weights are damaged; convert "
             "the model again"
         )
-    scale_d = (rms_d / rms_d.mean().clamp_min(1e-30)).clamp_min(1e-4) ** EXPONENT
+    scale_d = (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
 
     def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
         # Errors of rounding do not depend on each other, so those of single inputs add up.
@@ -113,23 +124,32 @@ def make_copies(pool: Any) -> Copies:
     def rms(w_nd: torch.Tensor) -> torch.Tensor:
         return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
 
-    u_nd, v_nd = (
-        in_few_bits(table, pool.bits, pool.group, scale) for table, scale in ((pool.u, scale_d), (pool.v, None))
-    )
-    gate_nd = None if pool.gate is None else in_few_bits(pool.gate, pool.bits, pool.group, scale_d)
-    v, columns = pool.v.float(), pool.u.float().square().sum(0)
+    def made(before: Copy | None) -> Copy:
+        """The coarse copy, or the fine one from it."""
+
+        def copied(w_nd: torch.Tensor, before_nd: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
+            if before_nd is None:
+                return in_few_bits(w_nd, pool.bits, pool.group, scale)
+            rest_nd = in_few_bits(w_nd.float() - before_nd.float(), pool.bits, pool.group, scale)
+            return (before_nd.float() + rest_nd).to(w_nd.dtype)
+
+        u_nd = copied(pool.u, before and before.u_nd, scale_d)
+        gate_nd = None if pool.gate is None else copied(pool.gate, before and before.gate_nd, scale_d)
+        v_nd = copied(pool.v, before and before.v_nd, None)
+        gate_error_n = None if gate_nd is None else error(pool.gate, gate_nd)
+        v_error_n = (pool.v.float() - v_nd.float()).square().sum(1)
+        return Copy(u_nd, gate_nd, v_nd, error(pool.u, u_nd), gate_error_n, v_error_n)
+
+    columns = pool.u.float().square().sum(0)
     if pool.gate is not None:
         columns += pool.gate.float().square().sum(0)
+    coarse = made(None)
     return Copies(
-        u_nd,
-        gate_nd,
-        v_nd,
-        error(pool.u, u_nd),
-        None if gate_nd is None else error(pool.gate, gate_nd),
+        coarse,
+        made(coarse),
         rms(pool.u),
         None if pool.gate is None else rms(pool.gate),
-        v.square().sum(1),
-        (v - v_nd.float()).square().sum(1),
+        pool.v.float().square().sum(1),
         columns.sqrt(),
     )
 
@@ -140,9 +160,12 @@ def with_gradients(pool: Any, copies: Copies) -> Copies:
     def straight_through(copy_nd: torch.Tensor, w_nd: torch.Tensor) -> torch.Tensor:
         return copy_nd + (w_nd - w_nd.detach()) if w_nd.requires_grad else copy_nd
 
-    gate_nd = None if copies.gate_nd is None else straight_through(copies.gate_nd, pool.gate)
-    u_nd, v_nd = straight_through(copies.u_nd, pool.u), straight_through(copies.v_nd, pool.v)
-    return copies._replace(u_nd=u_nd, gate_nd=gate_nd, v_nd=v_nd)
+    def both(copy: Copy) -> Copy:
+        gate_nd = None if copy.gate_nd is None else straight_through(copy.gate_nd, pool.gate)
+        u_nd, v_nd = straight_through(copy.u_nd, pool.u), straight_through(copy.v_nd, pool.v)
+        return copy._replace(u_nd=u_nd, gate_nd=gate_nd, v_nd=v_nd)
+
+    return copies._replace(coarse=both(copies.coarse), fine=both(copies.fine))
 
 
 def largest_inputs(x_td: torch.Tensor, reach_d: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,20 +210,29 @@ def estimate(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> Es
         mean_tn = (low_tn + high_tn + 4 * middle_tn) / 6
         return mean_tn, (low_tn.square() + high_tn.square() + 4 * middle_tn.square()) / 6
 
-    u_tn, u_deviation = product(copies.u_nd, pool.u_bias, copies.u_error_n, copies.u_rms_n)
-    if copies.gate_nd is None:
+    coarse, fine = copies.coarse, copies.fine
+    u_tn, u_deviation = product(coarse.u_nd, pool.u_bias, coarse.u_error_n, copies.u_rms_n)
+    if coarse.gate_nd is None:
         a_tn, square_tn = activation(u_tn, u_deviation)
         variance_tn = square_tn - a_tn.square()
+        left = fine.u_error_n / u_deviation.clamp_min(TINY)
     else:
-        assert copies.gate_error_n is not None
+        assert coarse.gate_error_n is not None
+        assert fine.gate_error_n is not None
         assert copies.gate_rms_n is not None
-        gate_tn, deviation = product(copies.gate_nd, pool.gate_bias, copies.gate_error_n, copies.gate_rms_n)
+        gate_tn, deviation = product(coarse.gate_nd, pool.gate_bias, coarse.gate_error_n, copies.gate_rms_n)
         mean_tn, square_tn = activation(gate_tn, deviation)
         up_tn = pool.up_of(u_tn)
         a_tn, up2_tn = mean_tn * up_tn, up_tn.square()
         noise_tn = square_tn * u_deviation.square()
         variance_tn = (square_tn - mean_tn.square()) * up2_tn + noise_tn
         square_tn = square_tn * up2_tn + noise_tn
-    left_out_tn = square_tn * copies.energy_n
-    copied_tn = variance_tn.clamp_min(0) * copies.energy_n + square_tn * copies.v_error_n
-    return Estimate(a_tn, left_out_tn, copied_tn)
+        left = fine.gate_error_n / deviation.clamp_min(TINY)
+    # The fine copies' errors are so small that the activation is a line to them: their variance is in proportion.
+    spread_tn = variance_tn.clamp_min(0) * copies.energy_n
+    return Estimate(
+        a_tn,
+        square_tn * copies.energy_n,
+        spread_tn + square_tn * coarse.v_error_n,
+        spread_tn * left.square() + square_tn * fine.v_error_n,
+    )

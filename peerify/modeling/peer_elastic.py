@@ -1,16 +1,13 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
 """A PEER layer that reads each expert as closely as a token needs it, at any budget.
 
-    y = sum over i in F(x) of e_i(x)  +  sum over i in C(x) of a^_i(x) v^_i  [+ bias]
+    y = sum over i in F(x) of e_i(x)  +  sum over copies c of sum over i in C_c(x) of a^_ci(x) v^_ci  [+ bias]
 
-Every expert has a copy of few bits (peer_copies.py). Its input and gate vectors are the expert's key. For each token
-and expert the products with the key tell the squared error that the output would have if the expert were left out, D0,
-or taken from its copy, D1. Experts in F are evaluated in full, those in C by their copies, others are left out: of the
-three, what makes error plus price times cost least. The cost of reading an expert in full is 1 and that of its copy's
-output vector c; the key is read anyway. So, with the price p,
-
-    kept      D0 >= p c + min(D1, p (1 - c)),
-    in full   kept and D1 >= p (1 - c).
+Every expert has a coarse copy of few bits and a fine one of twice as many (peer_copies.py). The input and gate vectors
+of the coarse one are the expert's key. For each token and expert the products with the key tell the squared error that
+the output would have if the expert were left out, or taken from its coarse or its fine copy. Of these three, and of
+reading it in full, without error and at the cost 1, what makes error plus price times cost least is taken. The key is
+read anyway, so the coarse copy costs only its output vector.
 
 A price is a threshold: nothing is sorted, and hard tokens take more than easy ones. A layer knows the prices for
 several budgets. With a budget of 1 every expert is evaluated in full, and the layer is the dense layer.
@@ -24,13 +21,13 @@ Shape suffixes: t tokens, d d_model, n experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .peer_elastic_pool import PREFILL, Budget, ElasticPool
+from .peer_elastic_pool import NONE, PREFILL, Budget, ElasticPool, mean_counts
 
 
 class ElasticPEER(nn.Module):
@@ -136,9 +133,7 @@ class ElasticPEER(nn.Module):
         """`active_experts`, and what these tokens spend at the budget: mean bytes and multiply-adds, as `cost`."""
         if self.budget is None or self.budget.price == 0:
             return torch.ones(len(x_td), self.num_experts, dtype=torch.bool, device=x_td.device), 1.0, 1.0
-        _, copied_tn, full_tn = self.pool(x_td, self.budget, choice=True)
-        copied, full = float(copied_tn.sum()) / len(x_td), float(full_tn.sum()) / len(x_td)
-        return copied_tn | full_tn, *self.cost(self.budget.inputs, copied, full)
+        return self._spent(self.pool(x_td, self.budget, choice=True).tier_tn, self.budget)
 
     def watch(self, used: Callable[[torch.Tensor, float, float], None] | None) -> None:
         """From now on call `used` with what `usage` returns for the tokens of each forward pass at a budget."""
@@ -146,27 +141,30 @@ class ElasticPEER(nn.Module):
             self.pool.observer = None
             return
 
-        def observe(copied_tn: torch.Tensor, full_tn: torch.Tensor) -> None:
+        def observe(tier_tn: torch.Tensor) -> None:
             assert self.budget is not None
-            copied, full = float(copied_tn.sum()) / len(copied_tn), float(full_tn.sum()) / len(full_tn)
-            used(copied_tn | full_tn, *self.cost(self.budget.inputs, copied, full))
+            used(*self._spent(tier_tn, self.budget))
 
         self.pool.observer = observe
 
-    def cost(self, inputs: float, copied: float, full: float) -> tuple[float, float]:
+    def _spent(self, tier_tn: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, float, float]:
+        return tier_tn != NONE, *self.cost(budget.inputs, mean_counts(tier_tn))
+
+    def cost(self, inputs: float, counts: Sequence[float]) -> tuple[float, float]:
         """Bytes and multiply-adds of a token, as shares of the dense layer's.
 
         Args:
             inputs: share of the inputs that meet the keys.
-            copied, full: experts evaluated by their copies, and in full.
+            counts: experts that are read by their coarse copies, by their fine ones, and in full.
         """
-        pool = self.pool
-        key, value = pool.costs()
-        vectors = 2 if pool.gate is None else 3
-        unread = (1 - inputs) * (vectors - 1) * pool.bits / 8 / (2 * vectors)  # steps of the groups are read anyway
-        read = self.num_experts * (key - unread) + copied * value + full + 1 / vectors  # the norms of the inputs
-        done = self.num_experts * inputs * (vectors - 1) / vectors + copied / vectors + full
-        return read / self.d_ff, done / self.d_ff
+        vectors = 2 if self.pool.gate is None else 3
+        key, coarse, fine = self.pool.costs(inputs)
+        of_key = inputs * (vectors - 1) / vectors
+        read = sum(n * cost for n, cost in zip(counts, (coarse, fine, 1.0), strict=True))
+        again = 2 - 1 / vectors - of_key  # the rest of the key, the fine copy's part of it, and the output vector
+        done = sum(n * cost for n, cost in zip(counts, (1 / vectors, again, 1.0), strict=True))
+        norms = 1 / vectors  # of the inputs
+        return (self.num_experts * key + read + norms) / self.d_ff, (self.num_experts * of_key + done) / self.d_ff
 
     @property
     def bytes_fraction(self) -> float:

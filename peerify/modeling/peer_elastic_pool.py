@@ -21,7 +21,7 @@ from .peer_experts import ExpertPool
 
 AT_ONCE = 256  # tokens, on a CPU: so many fit its cache
 PREFILL = 8  # more tokens of a sequence than this at once are prefill
-PER_EXPERT = 2  # numbers that describe a copy, for each of its vectors: two of error and size each
+NONE, COARSE, FINE, FULL = range(4)  # how an expert is read: not at all, by one of its copies, in full
 
 
 class Budget(NamedTuple):
@@ -40,14 +40,17 @@ class Budget(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What is evaluated for each token."""
+    """How each expert is read for each token."""
 
     a_tn: torch.Tensor
-    """Activations by the copies."""
-    copied_tn: torch.Tensor
-    """Which experts are evaluated by their copies: bool."""
-    full_tn: torch.Tensor
-    """Which are evaluated in full: bool."""
+    """Activations by the coarse copies."""
+    tier_tn: torch.Tensor
+    """NONE, COARSE, FINE or FULL: uint8."""
+
+
+def mean_counts(tier_tn: torch.Tensor) -> list[float]:
+    """Experts of a token that are read by their coarse copies, by their fine ones, and in full: means."""
+    return [float((tier_tn == tier).sum()) / len(tier_tn) for tier in (COARSE, FINE, FULL)]
 
 
 class Kept:
@@ -119,41 +122,66 @@ class ElasticPool(ExpertPool):
 
     def _summed(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> torch.Tensor:
         with torch.no_grad():
-            estimated_tn, copied_tn, full_tn = self.choose(x_td, copies, budget)
+            estimated_tn, tier_tn = self.choose(x_td, copies, budget)
+        coarse = copies.coarse
         if torch.is_grad_enabled():
             # The gradient is that of the activation in the middle of what it may be: it costs a third to remember.
             read_td, _ = largest_inputs(x_td, copies.reach_d, budget.inputs)
-            gate_tn = None if copies.gate_nd is None else F.linear(read_td, copies.gate_nd, self.gate_bias)
-            middle_tn = self.activate(F.linear(read_td, copies.u_nd, self.u_bias), gate_tn)
+            gate_tn = None if coarse.gate_nd is None else F.linear(read_td, coarse.gate_nd, self.gate_bias)
+            middle_tn = self.activate(F.linear(read_td, coarse.u_nd, self.u_bias), gate_tn)
             estimated_tn = middle_tn + (estimated_tn - middle_tn).detach()
         if self.observer is not None:
-            self.observer(copied_tn, full_tn)
+            self.observer(tier_tn)
+        y_td = (estimated_tn * (tier_tn == COARSE)).to(x_td.dtype) @ coarse.v_nd
+        fine = copies.fine
+        y_td = self._add(y_td, x_td, tier_tn == FINE, fine.u_nd, fine.gate_nd, fine.v_nd)
+        return self._add(y_td, x_td, tier_tn == FULL, self.u, self.gate, self.v)
+
+    def _add(
+        self,
+        y_td: torch.Tensor,
+        x_td: torch.Tensor,
+        mask_tn: torch.Tensor,
+        u_nd: torch.Tensor,
+        gate_nd: torch.Tensor | None,
+        v_nd: torch.Tensor,
+    ) -> torch.Tensor:
+        """`y_td` and the experts that each token takes of these tables."""
         rows: Any = slice(None)
-        if len(x_td) <= PREFILL and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            rows = full_tn.any(0).nonzero()[:, 0]
-        u_tn = F.linear(x_td, self.u[rows], None if self.u_bias is None else self.u_bias[rows])
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            used_n = mask_tn.any(0)
+            if not bool(used_n.any()):
+                return y_td
+            if len(x_td) <= PREFILL:
+                rows = used_n.nonzero()[:, 0]
+        u_tn = F.linear(x_td, u_nd[rows], None if self.u_bias is None else self.u_bias[rows])
         gate_tn = None
-        if self.gate is not None:
-            gate_tn = F.linear(x_td, self.gate[rows], None if self.gate_bias is None else self.gate_bias[rows])
-        a_tn = self.activate(u_tn, gate_tn) * full_tn[:, rows]
-        return a_tn @ self.v[rows] + (estimated_tn * copied_tn).to(x_td.dtype) @ copies.v_nd
+        if gate_nd is not None:
+            gate_tn = F.linear(x_td, gate_nd[rows], None if self.gate_bias is None else self.gate_bias[rows])
+        return y_td + (self.activate(u_tn, gate_tn) * mask_tn[:, rows]) @ v_nd[rows]
 
     def choose(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> Choice:
-        """What is evaluated for each token; see the module docstring."""
+        """How each expert is read for each token; see the docstring of peer_elastic.py."""
         found = self.estimate(x_td, copies, budget.inputs)
-        return Choice(found.a_tn, *self.tiers(found, budget.price))
+        return Choice(found.a_tn, self.tiers(found, budget.price, budget.inputs))
 
     def estimate(self, x_td: torch.Tensor, copies: Copies, inputs: float) -> Estimate:
         """What the copies tell of each expert for each token, from that share of its inputs."""
         return estimate(self, copies, x_td, inputs)
 
-    def tiers(self, found: Estimate, price: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which experts are evaluated by their copies, and which in full: bool (t, n) each."""
-        share = self.costs()[1]
-        limit = price * (1 - share)
-        kept_tn = found.left_out_tn >= found.copied_tn.clamp(max=limit) + price * share
-        full_tn = kept_tn & (found.copied_tn >= limit)
-        return kept_tn & ~full_tn, full_tn
+    def tiers(self, found: Estimate, price: float, inputs: float) -> torch.Tensor:
+        """How each expert is read at that price, once that share of the inputs has met the keys: uint8 (t, n)."""
+        _, coarse, fine = self.costs(inputs)
+        least_tn, tier_tn = found.left_out_tn, torch.zeros_like(found.left_out_tn, dtype=torch.uint8)
+        for tier, loss_tn in (
+            (COARSE, found.coarse_tn + price * coarse),
+            (FINE, found.fine_tn + price * fine),
+            (FULL, torch.full_like(least_tn, price)),
+        ):
+            keeps_tn = loss_tn > least_tn  # not so of numbers that are none: those are not hidden
+            tier_tn = tier_tn.masked_fill_(~keeps_tn, tier)
+            least_tn = torch.where(keeps_tn, least_tn, loss_tn)
+        return tier_tn
 
     def train(self, mode: bool = True) -> ElasticPool:
         """As of modules; what was made from the weights before is made anew: not every change of them can be seen."""
@@ -180,9 +208,16 @@ class ElasticPool(ExpertPool):
     def _tables(self) -> list[torch.Tensor]:
         return [table for table in (self.u, self.gate, self.v) if table is not None]
 
-    def costs(self) -> tuple[float, float]:
-        """Bytes of a key, and of a copy's output vector, over those of an expert in bfloat16."""
+    def costs(self, inputs: float) -> tuple[float, float, float]:
+        """Bytes over those of an expert in bfloat16: of its key, and of what the coarse and the fine copy take besides.
+
+        Args:
+            inputs: share of the inputs that meet the keys. Steps of the groups are read anyway.
+        """
         vectors, d_model = 2 if self.gate is None else 3, self.u.shape[1]
-        copy = d_model * self.bits / 8 + 2 * math.ceil(d_model / self.group)
-        numbers = 2 * PER_EXPERT * vectors
-        return ((vectors - 1) * copy + numbers) / (2 * vectors * d_model), copy / (2 * vectors * d_model)
+        vector = d_model * self.bits / 8 + 2 * math.ceil(d_model / self.group)
+        unread = (1 - inputs) * (vectors - 1) * d_model * self.bits / 8
+        numbers = 2 * (2 * vectors + 2)  # of errors and sizes, two bytes each
+        parts = (vectors - 1) * vector - unread + numbers, vector, vector + unread + vectors * vector
+        key, coarse, fine = (part / (2 * vectors * d_model) for part in parts)
+        return key, coarse, fine

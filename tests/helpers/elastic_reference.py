@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def vectors_of(pool: Any) -> list[Tensor]:
 
 
 def reference(layer: Any, x_d: Tensor, price: float, inputs: float) -> tuple[Tensor, list[str]]:
-    """(y_d, what becomes of each expert): of the three, the one with the least error plus price times cost."""
+    """(y_d, what becomes of each expert): of the four, the one with the least error plus price times cost."""
     pool, kept = layer.pool, layer.pool.copies()
     act, clamp = ACTIVATIONS[pool_activation(layer)], pool.clamp
     d, n = len(x_d), len(pool.u)
@@ -59,11 +60,12 @@ def reference(layer: Any, x_d: Tensor, price: float, inputs: float) -> tuple[Ten
     read = order[: max(1, round(inputs * d))]
     omitted = sum(float(x_d[j]) ** 2 for j in range(d) if j not in read)
 
-    def product(table: Tensor, copied: Tensor, bias: Tensor | None, i: int) -> tuple[Tensor, float]:
-        """With the copy, and the standard deviation of the error."""
-        z = sum(copied[i, j] * x_d[j] for j in read) + (0 if bias is None else bias[i])
-        variance = sum(float((copied[i, j] - table[i, j]) * pool.input_rms[j]) ** 2 for j in range(d))
-        return z, math.sqrt(variance + omitted * float(table[i].square().mean()))
+    def product(table: Tensor, copied: Tensor, bias: Tensor | None, i: int, inputs: Any = read) -> Tensor:
+        return sum(copied[i, j] * x_d[j] for j in inputs) + (0 if bias is None else bias[i])
+
+    def deviation(table: Tensor, copied: Tensor, i: int) -> float:
+        """Of the error of a product with all inputs."""
+        return math.sqrt(sum(float((copied[i, j] - table[i, j]) * pool.input_rms[j]) ** 2 for j in range(d)))
 
     def limited(z: Tensor) -> Tensor:
         """The activation function, within the limits of gated experts."""
@@ -80,33 +82,59 @@ def reference(layer: Any, x_d: Tensor, price: float, inputs: float) -> tuple[Ten
         points = [(4 / 6, z), (1 / 6, z - math.sqrt(3) * deviation), (1 / 6, z + math.sqrt(3) * deviation)]
         return sum(w * float(limited(p)) for w, p in points), sum(w * float(limited(p)) ** 2 for w, p in points)
 
-    share = copy_bytes(layer) / expert_bytes(layer)
+    def activation(tables: Any, i: int) -> Tensor:
+        """Of an expert whose vectors are all of `tables`."""
+        u = product(pool.u, tables.u_nd, pool.u_bias, i, range(d))
+        if pool.gate is None:
+            return limited(u)
+        return limited(product(pool.gate, tables.gate_nd, pool.gate_bias, i, range(d))) * up(u)
+
+    _, coarse_cost, fine_cost = costs(layer, inputs)
+    experts = SimpleNamespace(u_nd=pool.u, gate_nd=pool.gate, v_nd=pool.v)
     y_d = torch.zeros_like(x_d) if layer.bias is None else layer.bias.clone()
     tiers = []
     for i in range(n):
-        u, u_deviation = product(pool.u, kept.u_nd, pool.u_bias, i)
-        exact_u = pool.u[i] @ x_d + (0 if pool.u_bias is None else pool.u_bias[i])
+        steps = []
+        for copy in (kept.coarse, kept.fine):
+            v_error = float((pool.v[i] - copy.v_nd[i]).square().sum())
+            leading = (pool.u, copy.u_nd) if pool.gate is None else (pool.gate, copy.gate_nd)
+            steps.append((deviation(pool.u, copy.u_nd, i), deviation(*leading, i), v_error))
+        (u_deviation, lead_deviation, v_error), (_, fine_deviation, fine_v_error) = steps
+
+        def with_omitted(deviation: float, table: Tensor, i: int = i) -> float:
+            return math.sqrt(deviation**2 + omitted * float(table[i].square().mean()))
+
+        u, u_deviation = product(pool.u, kept.coarse.u_nd, pool.u_bias, i), with_omitted(u_deviation, pool.u)
         if pool.gate is None:
-            exact, (a, square) = limited(exact_u), expected(u, u_deviation)
+            a, square = expected(u, u_deviation)
             variance = square - a**2
+            lead_deviation = u_deviation
         else:
-            gate, deviation = product(pool.gate, kept.gate_nd, pool.gate_bias, i)
-            exact_gate = pool.gate[i] @ x_d + (0 if pool.gate_bias is None else pool.gate_bias[i])
-            exact = limited(exact_gate) * up(exact_u)
-            mean, mean_square = expected(gate, deviation)
+            gate, lead_deviation = (
+                product(pool.gate, kept.coarse.gate_nd, pool.gate_bias, i),
+                with_omitted(lead_deviation, pool.gate),
+            )
+            mean, mean_square = expected(gate, lead_deviation)
             a, middle = mean * float(up(u)), float(up(u)) ** 2
             square = mean_square * (middle + u_deviation**2)
             variance = square - mean**2 * middle
-        v_error = float((pool.v[i] - kept.v_nd[i]).square().sum())
-        left_out, copied = square * float(pool.v[i].square().sum()), variance * float(pool.v[i].square().sum())
-        losses = {"none": left_out, "copy": copied + square * v_error + price * share, "full": price}
-        first, second, _ = sorted(losses.values())
+        energy = float(pool.v[i].square().sum())
+        finer = (fine_deviation / max(lead_deviation, 1e-30)) ** 2
+        losses = {
+            "none": square * energy,
+            "coarse": variance * energy + square * v_error + price * coarse_cost,
+            "fine": variance * energy * finer + square * fine_v_error + price * fine_cost,
+            "full": price,
+        }
+        first, second, *_ = sorted(losses.values())
         assume(second - first > 1e-5 * price)  # statistics of copies are in float32
         tiers.append(min(losses, key=losses.__getitem__))
         if tiers[-1] == "full":
-            y_d = y_d + exact * pool.v[i]
-        elif tiers[-1] == "copy":
-            y_d = y_d + a * kept.v_nd[i]
+            y_d = y_d + activation(experts, i) * pool.v[i]
+        elif tiers[-1] == "fine":
+            y_d = y_d + activation(kept.fine, i) * kept.fine.v_nd[i]
+        elif tiers[-1] == "coarse":
+            y_d = y_d + a * kept.coarse.v_nd[i]
     return y_d, tiers
 
 
@@ -116,21 +144,29 @@ def pool_activation(layer: Any) -> str:
     ]
 
 
-def copy_bytes(layer: Any, inputs: float = 1.0) -> float:
-    """Of one vector: its numbers, and a step of two bytes for each group."""
-    return inputs * layer.d_model * layer.pool.bits / 8 + 2 * math.ceil(layer.d_model / layer.pool.group)
-
-
 def expert_bytes(layer: Any) -> int:
     return 2 * layer.d_model * len(vectors_of(layer.pool))
 
 
+def costs(layer: Any, inputs: float) -> tuple[float, float, float]:
+    """Bytes over an expert's, each number and each step of two bytes for a group counted: the key, and what either copy
+    takes besides."""
+    parts, d, steps = len(vectors_of(layer.pool)), layer.d_model, 2 * math.ceil(layer.d_model / layer.pool.group)
+    of_a_number = layer.pool.bits / 8
+    key = (parts - 1) * (inputs * d * of_a_number + steps) + 2 * (2 * parts + 2)
+    coarse = d * of_a_number + steps
+    rest_of_key = (parts - 1) * (1 - inputs) * d * of_a_number
+    fine = rest_of_key + coarse + parts * (d * of_a_number + steps)
+    return key / expert_bytes(layer), coarse / expert_bytes(layer), fine / expert_bytes(layer)
+
+
 def spent(layer: Any, tiers: list[list[str]], inputs: float) -> tuple[float, float]:
     """Bytes and multiply-adds of a token, over the dense layer's."""
-    parts, n = len(vectors_of(layer.pool)), layer.num_experts
-    copied = sum(row.count("copy") for row in tiers) / len(tiers)
-    full = sum(row.count("full") for row in tiers) / len(tiers)
-    keys = n * ((parts - 1) * copy_bytes(layer, inputs) + 2 * 2 * parts) + 2 * layer.d_model
-    read = keys + copied * copy_bytes(layer) + full * expert_bytes(layer)
-    done = layer.d_model * (n * inputs * (parts - 1) + copied + full * parts)
-    return read / (expert_bytes(layer) * layer.d_ff), done / (layer.d_model * parts * layer.d_ff)
+    parts, n, d = len(vectors_of(layer.pool)), layer.num_experts, layer.d_model
+    coarse, fine, full = (sum(row.count(tier) for row in tiers) / len(tiers) for tier in ("coarse", "fine", "full"))
+    of_key, of_coarse, of_fine = costs(layer, inputs)
+    read = n * of_key + coarse * of_coarse + fine * of_fine + full + 2 * d / expert_bytes(layer)
+    # A fine copy multiplies what the key has not yet seen, the numbers that it adds to the key's, and its v.
+    again = d * ((1 - inputs) * (parts - 1) + (parts - 1) + 1)
+    done = d * n * inputs * (parts - 1) + d * coarse + again * fine + d * parts * full
+    return read / layer.d_ff, done / (d * parts * layer.d_ff)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -84,14 +83,17 @@ def test_with_everything_on_it_is_the_dense_layer_to_the_bit(gated: bool, dtype:
 @pytest.mark.parametrize("inputs", [1.0, 0.5])
 @pytest.mark.parametrize("gated", [True, False])
 def test_what_prices_buy(gated: bool, inputs: float, seed: int) -> None:
-    """Nearly nothing gives the dense output, no higher price spends more, and at a huge one the bias is left."""
+    """Nearly nothing gives the dense output, no higher price reads more, and at a huge one the bias is left."""
     layer = make(seed, gated=gated, output_bias=True, num_experts=40)
     x_td = normals(30, 10, seed=seed + 1)
     layer.set_active(1)
     dense, middle = layer(x_td), middling(layer, x_td)
     torch.testing.assert_close(at(layer, middle * 1e-20, inputs)(x_td), dense, rtol=1e-6, atol=1e-6)
     costs = [at(layer, middle * 10**e, inputs).usage(x_td)[1:] for e in torch.linspace(-6, 4, 41).tolist()]
-    assert all(after <= before for pair in itertools.pairwise(costs) for before, after in zip(*pair, strict=True))
+    read, done = zip(*costs, strict=True)
+    assert sorted(read, reverse=True) == [*read]
+    if inputs == 1:  # else a fine copy multiplies more numbers than the expert itself
+        assert sorted(done, reverse=True) == pytest.approx(done)
     assert len(set(costs)) > 10
     assert torch.equal(at(layer, 1e30, inputs)(x_td), layer.bias.expand(30, -1))
     assert not layer.active_experts(x_td).any()

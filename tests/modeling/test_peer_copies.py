@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from peerify.modeling import peer_copies, peer_elastic_pool
 from peerify.modeling.peer_copies import in_few_bits
 from peerify.modeling.peer_elastic import ElasticPEER
+from peerify.modeling.peer_elastic_pool import COARSE, FINE, FULL
 
 
 @settings(max_examples=80, deadline=None)
@@ -102,7 +103,7 @@ def test_copies_follow_what_is_loaded_and_go_nowhere(seed: int) -> None:
     assert all(torch.equal(each(x_td), first) for each in same)
     layer.double()
     torch.testing.assert_close(layer(x_td.double()), fresh(layer)(x_td.double()))
-    assert layer.pool.copies().u_nd.dtype == torch.float64
+    assert layer.pool.copies().coarse.u_nd.dtype == torch.float64
     kept = layer.pool.copies()
     assert layer.pool.copies() is kept, "they are made once"
 
@@ -116,14 +117,21 @@ def test_gradients_pass_to_the_experts_as_if_nothing_were_rounded(gated: bool, i
     x_td = normals(20, 10, seed=seed + 1).requires_grad_()
     for price in (middling(layer, x_td) * 2**e for e in range(-6, 12)):
         choice = layer.pool(x_td, at(layer, price, inputs).budget, choice=True)
-        if choice.copied_tn.sum() > 20 and choice.full_tn.sum() > 20 and not layer.active_experts(x_td).all():
+        if choice.tier_tn.flatten().bincount(minlength=4).min() > 20:
             break
     else:
-        raise AssertionError("no price has all three kinds")
+        raise AssertionError("no price has all kinds")
     slope = torch.randn_like(x_td)
     with patch.object(peer_elastic_pool, "AT_ONCE", 7):
         layer(x_td).backward(slope)
-    a_tn = choice.full_tn * layer.pool.products(x_td)[2] + choice.copied_tn * choice.a_tn
+    fine = layer.pool.copies().fine
+    gate_tn = F.linear(x_td, fine.gate_nd, layer.pool.gate_bias) if gated else None
+    by_tier = {
+        COARSE: choice.a_tn,
+        FINE: layer.pool.activate(F.linear(x_td, fine.u_nd, layer.pool.u_bias), gate_tn),
+        FULL: layer.pool.products(x_td)[2],
+    }
+    a_tn = sum((choice.tier_tn == tier) * activations for tier, activations in by_tier.items())
     torch.testing.assert_close(layer.pool.v.grad, a_tn.T @ slope, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer.bias.grad, slope.sum(0))
     used_n = layer.active_experts(x_td).any(0)
