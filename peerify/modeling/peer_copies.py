@@ -67,33 +67,54 @@ class Estimate(NamedTuple):
     """That of one that takes the fine copy."""
 
 
-def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | None = None) -> torch.Tensor:
-    """`w_nd` rounded to 2^bits levels (k + 1/2) step in groups along d, as numbers of its own type.
+class Rounded(NamedTuple):
+    """A table (n, d) in a few bits, in g groups of c numbers along d; the last group is filled up with zeros."""
+
+    code_ngc: torch.Tensor
+    """uint8; the number is (code - 2^bits / 2 + 1 / 2) step."""
+    step_ng: torch.Tensor
+    """float32 that bfloat16 can hold."""
+
+
+def rounded(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | None = None) -> Rounded:
+    """`w_nd` rounded to 2^bits levels in groups along d.
 
     Args:
-        scale_d: what numbers are multiplied with before they are rounded, and divided by afterwards.
+        scale_d: what numbers are multiplied with before they are rounded.
     """
     columns = w_nd.shape[1]
     if len(w_nd) * columns > ROWS and len(w_nd) > 1:
-        parts = w_nd.split(max(1, ROWS // columns))
-        return torch.cat([in_few_bits(part, bits, group, scale_d) for part in parts])
+        parts = [rounded(part, bits, group, scale_d) for part in w_nd.split(max(1, ROWS // columns))]
+        return Rounded(*(torch.cat(each) for each in zip(*parts, strict=True)))
     scaled_nd = w_nd.float() if scale_d is None else w_nd.float() * scale_d
     grouped = F.pad(scaled_nd, (0, -columns % group)).unflatten(1, (-1, group))
     half = 2 ** (bits - 1)
     largest = grouped.abs().amax(-1, keepdim=True).clamp_min(TINY)
-    best, least = None, None
+    found, least = None, None
     for clip in CLIPS:
-        step = _as_bfloat16(largest * (clip / half)).clamp_min(TINY)  # as it would be stored
-        rounded = ((grouped / step).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step)
-        error = (rounded - grouped).square_().sum(-1, keepdim=True)
-        if best is None or least is None:
-            best, least = rounded, error
+        step = _as_bfloat16(largest * (clip / half)).clamp_min(TINY)  # as it is stored
+        level = (grouped / step).floor_().clamp_(-half, half - 1)
+        error = (level + 0.5).mul_(step).sub_(grouped).square_().sum(-1, keepdim=True)
+        if found is None or least is None:
+            found, least = (level, step), error
         else:
             better = error < least
-            best, least = torch.where(better, rounded, best), torch.where(better, error, least)
-    assert best is not None
-    result = best.flatten(1)[:, :columns]
-    return (result if scale_d is None else result / scale_d).to(w_nd.dtype)
+            found = torch.where(better, level, found[0]), torch.where(better, step, found[1])
+            least = torch.where(better, error, least)
+    assert found is not None
+    return Rounded((found[0] + half).to(torch.uint8), found[1][..., 0])
+
+
+def numbers(found: Rounded, bits: int, columns: int, scale_d: torch.Tensor | None = None) -> torch.Tensor:
+    """The table that was rounded, float32 (n, columns); arguments as of `rounded`."""
+    level_ngc = found.code_ngc.float().add_(0.5 - 2 ** (bits - 1))
+    result_nd = level_ngc.mul_(found.step_ng[..., None]).flatten(1)[:, :columns]
+    return result_nd if scale_d is None else result_nd / scale_d
+
+
+def in_few_bits(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | None = None) -> torch.Tensor:
+    """What `w_nd` becomes by `rounded`, as numbers of its own type; `scale_d` is divided by again."""
+    return numbers(rounded(w_nd, bits, group, scale_d), bits, w_nd.shape[1], scale_d).to(w_nd.dtype)
 
 
 def _as_bfloat16(x: torch.Tensor) -> torch.Tensor:
@@ -102,8 +123,21 @@ def _as_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
+class Codes(NamedTuple):
+    """The numbers of both copies: the fine one is the sum of the coarse one and of the rest."""
+
+    u: Rounded
+    gate: Rounded | None
+    v: Rounded
+    u_rest: Rounded
+    gate_rest: Rounded | None
+    v_rest: Rounded
+    scale_d: torch.Tensor
+    """What inputs are divided by where they meet `u` and `gate`."""
+
+
 @torch.no_grad()
-def make_copies(pool: Any) -> Copies:
+def make_copies(pool: Any) -> tuple[Codes, Copies]:
     """Copies of the experts of `pool` as they are now.
 
     Raises:
@@ -116,41 +150,46 @@ def make_copies(pool: Any) -> Copies:
             "the model again"
         )
     scale_d = (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
+    bits, group, d_model = pool.bits, pool.group, pool.u.shape[1]
+
+    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[list[Rounded], list[torch.Tensor]]:
+        """Codes of the coarse copy and of the rest, and the numbers of the coarse and of the fine copy."""
+        coarse = rounded(w_nd, bits, group, scale)
+        coarse_nd = numbers(coarse, bits, d_model, scale)
+        rest = rounded(w_nd.float() - coarse_nd, bits, group, scale)
+        return [coarse, rest], [coarse_nd, coarse_nd + numbers(rest, bits, d_model, scale)]
 
     def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
         # Errors of rounding do not depend on each other, so those of single inputs add up.
-        return ((copy_nd.float() - w_nd.float()) * rms_d).norm(dim=1)
+        return ((copy_nd - w_nd.float()) * rms_d).norm(dim=1)
 
     def rms(w_nd: torch.Tensor) -> torch.Tensor:
-        return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
-
-    def made(before: Copy | None) -> Copy:
-        """The coarse copy, or the fine one from it."""
-
-        def copied(w_nd: torch.Tensor, before_nd: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
-            if before_nd is None:
-                return in_few_bits(w_nd, pool.bits, pool.group, scale)
-            rest_nd = in_few_bits(w_nd.float() - before_nd.float(), pool.bits, pool.group, scale)
-            return (before_nd.float() + rest_nd).to(w_nd.dtype)
-
-        u_nd = copied(pool.u, before and before.u_nd, scale_d)
-        gate_nd = None if pool.gate is None else copied(pool.gate, before and before.gate_nd, scale_d)
-        v_nd = copied(pool.v, before and before.v_nd, None)
-        gate_error_n = None if gate_nd is None else error(pool.gate, gate_nd)
-        v_error_n = (pool.v.float() - v_nd.float()).square().sum(1)
-        return Copy(u_nd, gate_nd, v_nd, error(pool.u, u_nd), gate_error_n, v_error_n)
+        return w_nd.float().norm(dim=1) / d_model**0.5
 
     columns = pool.u.float().square().sum(0)
+    (u, u_rest), of_u = both(pool.u, scale_d)
+    (v, v_rest), of_v = both(pool.v, None)
+    gate = gate_rest = None
+    of_gate: list[Any] = [None, None]
     if pool.gate is not None:
+        (gate, gate_rest), of_gate = both(pool.gate, scale_d)
         columns += pool.gate.float().square().sum(0)
-    coarse = made(None)
-    return Copies(
-        coarse,
-        made(coarse),
-        rms(pool.u),
-        None if pool.gate is None else rms(pool.gate),
-        pool.v.float().square().sum(1),
-        columns.sqrt(),
+    coarse, fine = (
+        Copy(
+            u_nd.to(pool.u.dtype),
+            None if gate_nd is None else gate_nd.to(pool.u.dtype),
+            v_nd.to(pool.v.dtype),
+            error(pool.u, u_nd),
+            None if gate_nd is None else error(pool.gate, gate_nd),
+            (pool.v.float() - v_nd).square().sum(1),
+        )
+        for u_nd, gate_nd, v_nd in zip(of_u, of_gate, of_v, strict=True)
+    )
+    energy_n = pool.v.float().square().sum(1)
+    gate_rms_n = None if pool.gate is None else rms(pool.gate)
+    return (
+        Codes(u, gate, v, u_rest, gate_rest, v_rest, scale_d),
+        Copies(coarse, fine, rms(pool.u), gate_rms_n, energy_n, columns.sqrt()),
     )
 
 

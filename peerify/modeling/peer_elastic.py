@@ -161,7 +161,7 @@ class ElasticPEER(nn.Module):
         key, coarse, fine = self.pool.costs(inputs)
         of_key = inputs * (vectors - 1) / vectors
         read = sum(n * cost for n, cost in zip(counts, (coarse, fine, 1.0), strict=True))
-        again = 2 - 1 / vectors - of_key  # the rest of the key, the fine copy's part of it, and the output vector
+        again = 1 if inputs == 1 else 2 - 1 / vectors  # the fine copy's part of the key; if not all was read, the rest
         done = sum(n * cost for n, cost in zip(counts, (1 / vectors, again, 1.0), strict=True))
         norms = 1 / vectors  # of the inputs
         return (self.num_experts * key + read + norms) / self.d_ff, (self.num_experts * of_key + done) / self.d_ff

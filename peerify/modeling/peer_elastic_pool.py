@@ -192,13 +192,13 @@ class ElasticPool(ExpertPool):
         """Copies of the experts as they are now."""
         tables = self._tables()
         if self._learns():
-            return make_copies(self)
+            return make_copies(self)[1]
         if torch.compiler.is_compiling() and self._copies.value is not None:
             return self._copies.value  # type: ignore[no-any-return]
         if torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
-            return make_copies(self)
+            return make_copies(self)[1]
         if not self._copies.is_of(tables):
-            self._copies.keep(make_copies(self), tables)
+            self._copies.keep(make_copies(self)[1], tables)
         return self._copies.value  # type: ignore[no-any-return]
 
     def _learns(self) -> bool:
@@ -212,12 +212,14 @@ class ElasticPool(ExpertPool):
         """Bytes over those of an expert in bfloat16: of its key, and of what the coarse and the fine copy take besides.
 
         Args:
-            inputs: share of the inputs that meet the keys. Steps of the groups are read anyway.
+            inputs: share of the inputs that meet the keys. Steps of the groups are read anyway. Keys lie by inputs, so
+                that those of some inputs can be read; a fine copy needs the rest, and then reads its own key again.
         """
         vectors, d_model = 2 if self.gate is None else 3, self.u.shape[1]
         vector = d_model * self.bits / 8 + 2 * math.ceil(d_model / self.group)
         unread = (1 - inputs) * (vectors - 1) * d_model * self.bits / 8
+        again = (vectors - 1) * vector if unread else 0
         numbers = 2 * (2 * vectors + 2)  # of errors and sizes, two bytes each
-        parts = (vectors - 1) * vector - unread + numbers, vector, vector + unread + vectors * vector
+        parts = (vectors - 1) * vector - unread + numbers, vector, vector + again + vectors * vector
         key, coarse, fine = (part / (2 * vectors * d_model) for part in parts)
         return key, coarse, fine

@@ -155,8 +155,8 @@ def costs(layer: Any, inputs: float) -> tuple[float, float, float]:
     of_a_number = layer.pool.bits / 8
     key = (parts - 1) * (inputs * d * of_a_number + steps) + 2 * (2 * parts + 2)
     coarse = d * of_a_number + steps
-    rest_of_key = (parts - 1) * (1 - inputs) * d * of_a_number
-    fine = rest_of_key + coarse + parts * (d * of_a_number + steps)
+    key_again = 0 if inputs == 1 else (parts - 1) * (d * of_a_number + steps)
+    fine = key_again + coarse + parts * (d * of_a_number + steps)
     return key / expert_bytes(layer), coarse / expert_bytes(layer), fine / expert_bytes(layer)
 
 
@@ -166,7 +166,7 @@ def spent(layer: Any, tiers: list[list[str]], inputs: float) -> tuple[float, flo
     coarse, fine, full = (sum(row.count(tier) for row in tiers) / len(tiers) for tier in ("coarse", "fine", "full"))
     of_key, of_coarse, of_fine = costs(layer, inputs)
     read = n * of_key + coarse * of_coarse + fine * of_fine + full + 2 * d / expert_bytes(layer)
-    # A fine copy multiplies what the key has not yet seen, the numbers that it adds to the key's, and its v.
-    again = d * ((1 - inputs) * (parts - 1) + (parts - 1) + 1)
+    # A fine copy multiplies the numbers that it adds to the key's, the key's own if not all were, and its v.
+    again = d * (parts if inputs == 1 else 2 * parts - 1)
     done = d * n * inputs * (parts - 1) + d * coarse + again * fine + d * parts * full
     return read / layer.d_ff, done / (d * parts * layer.d_ff)
