@@ -93,11 +93,12 @@ def typical_cost(layer: ElasticPEER, active: float) -> tuple[float, float]:
     """
     if active >= 1:
         return 1.0, 1.0
+
     def keys(inputs: float) -> float:
         return layer.cost(inputs, (0, 0, 0))[0]
 
     inputs = next((share for share in INPUTS if keys(share) <= KEY_SHARE * active), INPUTS[-1])
-    _, coarse, fine = layer.pool.costs(inputs)
+    coarse = layer.pool.costs(inputs)[1]
     left, experts = max(0.0, active - keys(inputs)) * layer.d_ff, layer.num_experts
     copied = min(COPIED * experts, left / coarse)
     return layer.cost(inputs, (copied, 0, left - copied * coarse))

@@ -96,7 +96,7 @@ class ElasticPool(ExpertPool):
         self.input_rms = nn.Parameter(torch.empty(d_model), requires_grad=False)
         init.ones_(self.input_rms)
         self._copies = Kept()
-        self.observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.observer: Callable[[torch.Tensor], None] | None = None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
