@@ -89,7 +89,7 @@ def typical_cost(layer: ElasticPEER, active: float) -> tuple[float, float]:
     """Bytes and multiply-adds that a layer is likely to spend at a budget, before any data are seen.
 
     As calibrated layers do: the keys take at most KEY_SHARE of the budget, for which fewer inputs are read; copies are
-    then taken of most experts, and the rest of the budget reads experts in full.
+    then taken of most experts, first all coarse ones, then fine ones in their place; what is left reads experts in full.
     """
     if active >= 1:
         return 1.0, 1.0
@@ -98,10 +98,13 @@ def typical_cost(layer: ElasticPEER, active: float) -> tuple[float, float]:
         return layer.cost(inputs, (0, 0, 0))[0]
 
     inputs = next((share for share in INPUTS if keys(share) <= KEY_SHARE * active), INPUTS[-1])
-    coarse = layer.pool.costs(inputs)[1]
-    left, experts = max(0.0, active - keys(inputs)) * layer.d_ff, layer.num_experts
-    copied = min(COPIED * experts, left / coarse)
-    return layer.cost(inputs, (copied, 0, left - copied * coarse))
+    _, coarse, fine = layer.pool.costs(inputs)
+    left = max(0.0, active - keys(inputs)) * layer.d_ff
+    copied = min(COPIED * layer.num_experts, left / coarse)
+    left -= copied * coarse
+    finely = min(copied, left / (fine - coarse)) if fine < 1 else 0.0
+    left -= finely * (fine - coarse)
+    return layer.cost(inputs, (copied - finely, finely, left))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,15 +158,15 @@ def price_curve(layer: ElasticPEER, data: SiteData) -> list[Point]:
     points = []
     for inputs in INPUTS:
         estimated = pool.estimate(x_td, copies, inputs)
-        _, coarse, _ = pool.costs(inputs)
-        high = max(_quantile(estimated.left_out_tn, 0.9995) / coarse, 1e-30)
+        costs = pool.costs(inputs)
+        high = max(_quantile(estimated.left_out_tn, 0.9995) / costs[1], 1e-30)
         low = max(_quantile(estimated.fine_tn, 0.02), high * 1e-12)
         prices_p = torch.logspace(math.log10(low), math.log10(high), PRICES, dtype=torch.float64)
         errors = a_tn.square() * copies.energy_n, off(estimated.a_tn, copies.coarse), fine_tn
         error_p = (errors[0].sum(1) / power_t).double().mean().cpu().expand(PRICES)
         reached = []  # experts of a token that are read at least so closely, by price
         for limit_tn, error_tn, closer_tn in zip(
-            _limits(estimated, pool.costs(inputs)), errors, (*errors[1:], torch.zeros_like(fine_tn)), strict=True
+            _limits(estimated, costs), errors, (*errors[1:], torch.zeros_like(fine_tn)), strict=True
         ):
             above = torch.bucketize(limit_tn.flatten().double().cpu(), prices_p, right=True)
             saved = ((error_tn - closer_tn) / power_t[:, None]).flatten().double().cpu()

@@ -80,16 +80,16 @@ def _layer_numbers(model: Any, stage: StageConfig) -> int:
 
 
 def _elastic_numbers(layer: ElasticPEER) -> int:
-    # Of each expert in full: its projections, the activated one, and what multiplies its output vector. Of its copy
-    # the same, and of the choice two bits of a byte each.
+    # Of each expert in full: its projections, the activated one, and what multiplies its output vector. Of either copy
+    # the same, and of the choice a mask of bytes for each of the three.
     in_full = 2 if layer.pool.gate is None else 4
-    return (in_full if layer.budget is None else 2 * in_full + 1) * layer.num_experts + layer.d_model
+    return (in_full if layer.budget is None else 3 * in_full + 1) * layer.num_experts + layer.d_model
 
 
 def _copied_numbers(model: Any) -> int:
-    """Numbers of the copies of experts, where a budget needs them."""
+    """Numbers of the coarse and the fine copies of experts, where a budget needs them."""
     pools = [layer.pool for layer in model.modules() if isinstance(layer, ElasticPEER) and layer.budget is not None]
-    return sum(table.numel() for pool in pools for table in (pool.u, pool.gate, pool.v) if table is not None)
+    return 2 * sum(table.numel() for pool in pools for table in (pool.u, pool.gate, pool.v) if table is not None)
 
 
 def _peer_numbers(layer: PEER, stage: StageConfig) -> int:

@@ -50,9 +50,9 @@ def kept_bytes(model: Any, router: StraightThrough) -> int:
 @pytest.mark.parametrize("active", [0.4, 1])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many parts a CPU takes the tokens in, the copies are kept once."""
+    """Where experts are read in all ways, and in however many parts a CPU takes the tokens: the copies are kept once."""
     monkeypatch.setattr(peer_elastic_pool, "AT_ONCE", WINDOWS * CONTEXT // 4)
-    model = model_of(ElasticPEER, gated=gated, activation="silu", budgets=[[0.4, 1.0, 0.01, 0.4, 0.6]])
+    model = model_of(ElasticPEER, gated=gated, activation="silu", budgets=[[0.4, 1.0, 0.002, 0.4, 0.6]])
     for block in model.model.layers:
         block.mlp.set_active(active)
     data = {"sources": [], "context": CONTEXT}
@@ -61,7 +61,7 @@ def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypa
     stage = StageConfig(train="full")
     stated = memory_of(model, config, stage, parameters=parameters, trainable=parameters, teacher=0)
     really = kept_bytes(model.train(), StraightThrough(model, temperature=0.3))
-    assert stated["copies"] == (0 if active == 1 else 4 * 3 * (3 if gated else 2) * WIDTH * EXPERTS)
+    assert stated["copies"] == (0 if active == 1 else 2 * 4 * 3 * (3 if gated else 2) * WIDTH * EXPERTS)
     assert stated["activations"] + stated["copies"] == pytest.approx(really, rel=0.15)
 
 
