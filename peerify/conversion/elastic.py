@@ -89,7 +89,7 @@ def typical_cost(layer: ElasticPEER, active: float) -> tuple[float, float]:
     """Bytes and multiply-adds that a layer is likely to spend at a budget, before any data are seen.
 
     As calibrated layers do: the keys take at most KEY_SHARE of the budget, for which fewer inputs are read; copies are
-    then taken of most experts, first all coarse ones, then fine ones in their place; what is left reads experts in full.
+    then taken of most experts, first coarse ones, then fine ones in their place; what is left reads experts in full.
     """
     if active >= 1:
         return 1.0, 1.0

@@ -123,21 +123,8 @@ def _as_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
-class Codes(NamedTuple):
-    """The numbers of both copies: the fine one is the sum of the coarse one and of the rest."""
-
-    u: Rounded
-    gate: Rounded | None
-    v: Rounded
-    u_rest: Rounded
-    gate_rest: Rounded | None
-    v_rest: Rounded
-    scale_d: torch.Tensor
-    """What inputs are divided by where they meet `u` and `gate`."""
-
-
 @torch.no_grad()
-def make_copies(pool: Any) -> tuple[Codes, Copies]:
+def make_copies(pool: Any) -> Copies:
     """Copies of the experts of `pool` as they are now.
 
     Raises:
@@ -150,29 +137,23 @@ def make_copies(pool: Any) -> tuple[Codes, Copies]:
             "the model again"
         )
     scale_d = (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
-    bits, group, d_model = pool.bits, pool.group, pool.u.shape[1]
 
-    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[list[Rounded], list[torch.Tensor]]:
-        """Codes of the coarse copy and of the rest, and the numbers of the coarse and of the fine copy."""
-        coarse = rounded(w_nd, bits, group, scale)
-        coarse_nd = numbers(coarse, bits, d_model, scale)
-        rest = rounded(w_nd.float() - coarse_nd, bits, group, scale)
-        return [coarse, rest], [coarse_nd, coarse_nd + numbers(rest, bits, d_model, scale)]
+    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of the coarse and of the fine copy, float32."""
+        coarse_nd = in_few_bits(w_nd.float(), pool.bits, pool.group, scale)
+        return coarse_nd, coarse_nd + in_few_bits(w_nd.float() - coarse_nd, pool.bits, pool.group, scale)
 
     def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
         # Errors of rounding do not depend on each other, so those of single inputs add up.
         return ((copy_nd - w_nd.float()) * rms_d).norm(dim=1)
 
     def rms(w_nd: torch.Tensor) -> torch.Tensor:
-        return w_nd.float().norm(dim=1) / d_model**0.5
+        return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
 
     columns = pool.u.float().square().sum(0)
-    (u, u_rest), of_u = both(pool.u, scale_d)
-    (v, v_rest), of_v = both(pool.v, None)
-    gate = gate_rest = None
-    of_gate: list[Any] = [None, None]
+    of_gate: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if pool.gate is not None:
-        (gate, gate_rest), of_gate = both(pool.gate, scale_d)
+        of_gate = both(pool.gate, scale_d)
         columns += pool.gate.float().square().sum(0)
     coarse, fine = (
         Copy(
@@ -183,14 +164,10 @@ def make_copies(pool: Any) -> tuple[Codes, Copies]:
             None if gate_nd is None else error(pool.gate, gate_nd),
             (pool.v.float() - v_nd).square().sum(1),
         )
-        for u_nd, gate_nd, v_nd in zip(of_u, of_gate, of_v, strict=True)
+        for u_nd, gate_nd, v_nd in zip(both(pool.u, scale_d), of_gate, both(pool.v, None), strict=True)
     )
-    energy_n = pool.v.float().square().sum(1)
     gate_rms_n = None if pool.gate is None else rms(pool.gate)
-    return (
-        Codes(u, gate, v, u_rest, gate_rest, v_rest, scale_d),
-        Copies(coarse, fine, rms(pool.u), gate_rms_n, energy_n, columns.sqrt()),
-    )
+    return Copies(coarse, fine, rms(pool.u), gate_rms_n, pool.v.float().square().sum(1), columns.sqrt())
 
 
 def with_gradients(pool: Any, copies: Copies) -> Copies:

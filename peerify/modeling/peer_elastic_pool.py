@@ -192,13 +192,13 @@ class ElasticPool(ExpertPool):
         """Copies of the experts as they are now."""
         tables = self._tables()
         if self._learns():
-            return make_copies(self)[1]
+            return make_copies(self)
         if torch.compiler.is_compiling() and self._copies.value is not None:
             return self._copies.value  # type: ignore[no-any-return]
         if torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
-            return make_copies(self)[1]
+            return make_copies(self)
         if not self._copies.is_of(tables):
-            self._copies.keep(make_copies(self)[1], tables)
+            self._copies.keep(make_copies(self), tables)
         return self._copies.value  # type: ignore[no-any-return]
 
     def _learns(self) -> bool:

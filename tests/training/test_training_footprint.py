@@ -50,7 +50,7 @@ def kept_bytes(model: Any, router: StraightThrough) -> int:
 @pytest.mark.parametrize("active", [0.4, 1])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where experts are read in all ways, and in however many parts a CPU takes the tokens: the copies are kept once."""
+    """Experts are read in all ways. However many parts a CPU takes the tokens in, the copies are kept once."""
     monkeypatch.setattr(peer_elastic_pool, "AT_ONCE", WINDOWS * CONTEXT // 4)
     model = model_of(ElasticPEER, gated=gated, activation="silu", budgets=[[0.4, 1.0, 0.002, 0.4, 0.6]])
     for block in model.model.layers:
