@@ -76,13 +76,15 @@ def _align(points_nz: Tensor, cells: Tensor, columns: int) -> Tensor:
     if not len(rows_ab):
         return cells
     rest_abz = points_nz[rows_ab] - points_nz[rows_ab].mean(1, keepdim=True)
+    column_bz = rest_abz[0]  # one row's own members: the mean of rows in arbitrary order would say nothing yet
     for _ in range(COLUMN_ROUNDS):
-        place_ab = _assign(rest_abz, rest_abz.mean(0))
+        place_ab = _assign(rest_abz, column_bz)
         rows_ab = rows_ab.gather(1, place_ab)
         rest_abz = rest_abz.gather(1, place_ab[..., None].expand_as(rest_abz))
+        column_bz = rest_abz.mean(0)
     if len(tail):  # it fills the first columns of a row of its own
         tail_z = points_nz[tail] - points_nz[tail].mean(0)
-        tail = tail[_assign(tail_z[None], rest_abz.mean(0)[: len(tail)])[0]]
+        tail = tail[_assign(tail_z[None], column_bz[: len(tail)])[0]]
     return torch.cat([rows_ab.flatten(), tail])
 
 
