@@ -21,6 +21,7 @@ from peerify.data import load_windows
 from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.evaluation import evaluate, evaluate_checkpoint, perplexity
 from peerify.modeling.peer_layer import PEER
+from peerify.modules import peer_layers
 
 
 def random_windows(rows: int, context: int) -> torch.Tensor:
@@ -231,6 +232,11 @@ def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:
         evaluate_checkpoint(str(tmp_path / "peer"), active=[0.01], **options)
 
 
+def keep_to_budget(model: Any, *, always: bool) -> None:
+    for layer in peer_layers(model).values():
+        layer.prefill_all = not always
+
+
 def naive_after_prefill(model: Any, dense: Any, windows: torch.Tensor) -> float:
     """Perplexity over the dense model's of each second half, token by token after the first was read at once."""
     loss = [0.0, 0.0]
@@ -238,7 +244,9 @@ def naive_after_prefill(model: Any, dense: Any, windows: torch.Tensor) -> float:
         for window in windows:
             half = len(window) // 2
             for i, each in enumerate((model, dense)):
+                keep_to_budget(each, always=False)
                 past = each(input_ids=window[None, :half], use_cache=True).past_key_values
+                keep_to_budget(each, always=True)
                 for at in range(half, len(window) - 1):
                     logits = each(input_ids=window[None, at : at + 1], past_key_values=past, use_cache=True).logits
                     loss[i] -= logits[0, 0].double().log_softmax(-1)[window[at + 1]].item()

@@ -123,9 +123,19 @@ def _as_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
+class Codes(NamedTuple):
+    """The experts in codes: of each table the coarse copy, and what the fine one adds to it."""
+
+    u: tuple[Rounded, Rounded]
+    gate: tuple[Rounded, Rounded] | None
+    v: tuple[Rounded, Rounded]
+    scale_d: torch.Tensor
+    """What `u` and `gate` were multiplied with before they were rounded."""
+
+
 @torch.no_grad()
-def make_copies(pool: Any) -> Copies:
-    """Copies of the experts of `pool` as they are now.
+def make_codes(pool: Any) -> Codes:
+    """The experts of `pool` as they are now, in codes.
 
     Raises:
         ValueError: its `input_rms` cannot be what was measured.
@@ -138,23 +148,47 @@ def make_copies(pool: Any) -> Copies:
         )
     scale_d = (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
 
-    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[Rounded, Rounded]:
+        w_nd = w_nd.float()
+        coarse = rounded(w_nd, pool.bits, pool.group, scale)
+        left_nd = w_nd - numbers(coarse, pool.bits, w_nd.shape[1], scale)
+        return coarse, rounded(left_nd, pool.bits, pool.group, scale)
+
+    return Codes(
+        both(pool.u, scale_d), None if pool.gate is None else both(pool.gate, scale_d), both(pool.v, None), scale_d
+    )
+
+
+@torch.no_grad()
+def make_copies(pool: Any, codes: Codes | None = None) -> Copies:
+    """Copies of the experts of `pool` as they are now.
+
+    Args:
+        codes: of these experts, where they are at hand.
+
+    Raises:
+        ValueError: see `make_codes`.
+    """
+    codes = codes or make_codes(pool)
+    rms_d, columns = pool.input_rms.float(), pool.u.shape[1]
+
+    def both(pair: tuple[Rounded, Rounded], scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The numbers of the coarse and of the fine copy, float32."""
-        coarse_nd = in_few_bits(w_nd.float(), pool.bits, pool.group, scale)
-        return coarse_nd, coarse_nd + in_few_bits(w_nd.float() - coarse_nd, pool.bits, pool.group, scale)
+        coarse_nd, rest_nd = (numbers(each, pool.bits, columns, scale) for each in pair)
+        return coarse_nd, coarse_nd + rest_nd
 
     def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
         # Errors of rounding do not depend on each other, so those of single inputs add up.
         return ((copy_nd - w_nd.float()) * rms_d).norm(dim=1)
 
     def rms(w_nd: torch.Tensor) -> torch.Tensor:
-        return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
+        return w_nd.float().norm(dim=1) / columns**0.5
 
-    columns = pool.u.float().square().sum(0)
+    reach = pool.u.float().square().sum(0)
     of_gate: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    if pool.gate is not None:
-        of_gate = both(pool.gate, scale_d)
-        columns += pool.gate.float().square().sum(0)
+    if codes.gate is not None:
+        of_gate = both(codes.gate, codes.scale_d)
+        reach += pool.gate.float().square().sum(0)
     coarse, fine = (
         Copy(
             u_nd.to(pool.u.dtype),
@@ -164,10 +198,10 @@ def make_copies(pool: Any) -> Copies:
             None if gate_nd is None else error(pool.gate, gate_nd),
             (pool.v.float() - v_nd).square().sum(1),
         )
-        for u_nd, gate_nd, v_nd in zip(both(pool.u, scale_d), of_gate, both(pool.v, None), strict=True)
+        for u_nd, gate_nd, v_nd in zip(both(codes.u, codes.scale_d), of_gate, both(codes.v, None), strict=True)
     )
     gate_rms_n = None if pool.gate is None else rms(pool.gate)
-    return Copies(coarse, fine, rms(pool.u), gate_rms_n, pool.v.float().square().sum(1), columns.sqrt())
+    return Copies(coarse, fine, rms(pool.u), gate_rms_n, pool.v.float().square().sum(1), reach.sqrt())
 
 
 def with_gradients(pool: Any, copies: Copies) -> Copies:

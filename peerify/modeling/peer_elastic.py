@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .peer_elastic_pool import NONE, PREFILL, Budget, ElasticPool, mean_counts
+from .peer_elastic_pool import NONE, Budget, ElasticPool, mean_counts
 
 
 class ElasticPEER(nn.Module):
@@ -117,8 +117,7 @@ class ElasticPEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        prefill = self.prefill_all and not self.training and hidden_states.shape[-2] > PREFILL
-        y_td = self.pool(x_td, None if prefill else self.budget)
+        y_td = self.pool(x_td, self.budget, hurry=self.prefill_all and not self.training)
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_copies import Copies, Estimate, estimate, largest_inputs, make_copies, with_gradients
+from .peer_cpu import FEW, faster, few_tokens, misfit, pack, usable
 from .peer_experts import ExpertPool
 
 AT_ONCE = 256  # tokens, on a CPU: so many fit its cache
-PREFILL = 8  # more tokens of a sequence than this at once are prefill
 NONE, COARSE, FINE, FULL = range(4)  # how an expert is read: not at all, by one of its copies, in full
 
 
@@ -61,21 +61,18 @@ class Kept:
 
     def forget(self) -> None:
         self.value: Any = None
-        self._made_from: list[tuple[Any, ...]] = []
+        self._made_from: list[tuple[Any, int, int]] = []
 
     def keep(self, value: Any, tables: list[torch.Tensor]) -> None:
-        self.value, self._made_from = value, [(weakref.ref(table), *self._state(table)) for table in tables]
+        self.value = value
+        self._made_from = [(weakref.ref(table), table.data_ptr(), table._version) for table in tables]
 
     def is_of(self, tables: list[torch.Tensor]) -> bool:
         """Whether the value was made from these very tensors, as they are now."""
-        pairs = zip(tables, self._made_from, strict=False)
-        return self.value is not None and all(
-            ref() is table and state == self._state(table) for table, (ref, *state) in pairs
-        )
-
-    @staticmethod
-    def _state(table: torch.Tensor) -> list[Any]:
-        return [table.data_ptr(), table._version, table.dtype, table.device]
+        for table, (ref, place, version) in zip(tables, self._made_from, strict=False):
+            if ref() is not table or table.data_ptr() != place or table._version != version:
+                return False
+        return self.value is not None
 
     def __deepcopy__(self, _: Any) -> Kept:
         return Kept()
@@ -92,10 +89,11 @@ class ElasticPool(ExpertPool):
 
     def __init__(self, d_model: int, num_experts: int, *, bits: int, group: int, **form: Any) -> None:
         super().__init__(d_model, num_experts, num_shared=0, rerank=None, **form)
-        self.bits, self.group = bits, group
+        self.bits, self.group, self.activation = bits, group, form["activation"]
         self.input_rms = nn.Parameter(torch.empty(d_model), requires_grad=False)
         init.ones_(self.input_rms)
-        self._copies = Kept()
+        self._copies, self._packed = Kept(), Kept()
+        self.misfit = misfit(self)  # None: the kernel takes these experts
         self.observer: Callable[[torch.Tensor], None] | None = None
 
     def reset_parameters(self) -> None:
@@ -104,12 +102,21 @@ class ElasticPool(ExpertPool):
             init.ones_(self.input_rms)
 
     def forward(  # type: ignore[override]
-        self, x_td: torch.Tensor, budget: Budget | None, choice: bool = False
+        self, x_td: torch.Tensor, budget: Budget | None, choice: bool = False, hurry: bool = False
     ) -> torch.Tensor | Choice:
-        """The sum of experts (t, d), of all in full without a price; or the `choice` of experts."""
+        """The sum of experts (t, d), of all in full without a price; or the `choice` of experts.
+
+        Args:
+            hurry: evaluate all in full where it would take no less time to read less.
+        """
         if self._learns():
-            self._copies.forget()
+            self._forget()
         if budget is None or budget.price == 0:
+            return self.products(x_td)[2] @ self.v
+        by_kernel = not choice and self.observer is None and usable(self, x_td)
+        if by_kernel and (not hurry or faster(x_td, budget.bytes)):
+            return few_tokens(self._current(self._packed, pack), x_td, budget)
+        if hurry:
             return self.products(x_td)[2] @ self.v
         copies = self.copies()
         if choice:
@@ -152,7 +159,7 @@ class ElasticPool(ExpertPool):
             used_n = mask_tn.any(0)
             if not bool(used_n.any()):
                 return y_td
-            if len(x_td) <= PREFILL:
+            if len(x_td) <= FEW:
                 rows = used_n.nonzero()[:, 0]
         u_tn = F.linear(x_td, u_nd[rows], None if self.u_bias is None else self.u_bias[rows])
         gate_tn = None
@@ -185,8 +192,19 @@ class ElasticPool(ExpertPool):
 
     def train(self, mode: bool = True) -> ElasticPool:
         """As of modules; what was made from the weights before is made anew: not every change of them can be seen."""
-        self._copies.forget()
+        self._forget()
         return super().train(mode)
+
+    def _forget(self) -> None:
+        self._copies.forget()
+        self._packed.forget()
+
+    def _current(self, kept: Kept, make: Callable[[ElasticPool], Any]) -> Any:
+        """What is kept, made anew where it is not of the weights as they are now."""
+        tables = self._tables()
+        if not kept.is_of(tables):
+            kept.keep(make(self), tables)
+        return kept.value
 
     def copies(self) -> Copies:
         """Copies of the experts as they are now."""
@@ -197,9 +215,7 @@ class ElasticPool(ExpertPool):
             return self._copies.value  # type: ignore[no-any-return]
         if torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
             return make_copies(self)
-        if not self._copies.is_of(tables):
-            self._copies.keep(make_copies(self), tables)
-        return self._copies.value  # type: ignore[no-any-return]
+        return self._current(self._copies, make_copies)  # type: ignore[no-any-return]
 
     def _learns(self) -> bool:
         """Whether experts may be about to change: not every optimizer says so (fused AdamW raises no version)."""

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
 from peerify.modeling import peer_elastic_pool
-from peerify.modeling.peer_elastic import PREFILL, Budget, ElasticPEER
+from peerify.modeling.peer_cpu import FEW
+from peerify.modeling.peer_elastic import Budget, ElasticPEER
 
 CLAMP = {"gate": 0.7, "act": 0.4, "up": 0.8, "shift": 0.3}
 
@@ -40,7 +41,7 @@ def test_each_expert_is_taken_as_its_error_is_worth(data: st.DataObject, seed: i
         activation=data.draw(st.sampled_from(["silu", "gelu", "relu"]), "activation"), d_ff=17,
         bits=data.draw(st.integers(2, 8), "bits"), group=data.draw(st.sampled_from([1, 4, 10, 64]), "group"),
     )  # fmt: skip
-    x_td = normals(PREFILL + 3, 10, seed=seed + 1)
+    x_td = normals(FEW + 3, 10, seed=seed + 1)
     price = middling(layer, x_td) * 10 ** data.draw(st.floats(-3, 2), "price")
     at(layer, price, inputs)
     found = [reference(layer, x_d, price, inputs) for x_d in x_td]
@@ -49,7 +50,7 @@ def test_each_expert_is_taken_as_its_error_is_worth(data: st.DataObject, seed: i
     layer.watch(lambda *used: told.append(used))
     torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     layer.watch(None)
-    torch.testing.assert_close(torch.cat([layer(part) for part in x_td.split(PREFILL)]), y_td, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat([layer(part) for part in x_td.split(FEW)]), y_td, rtol=1e-6, atol=1e-6)
     with patch.object(peer_elastic_pool, "AT_ONCE", 4):
         torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     mask_tn, read, done = layer.usage(x_td)
@@ -146,9 +147,10 @@ def test_budgets_between_two_are_interpolated() -> None:
 
 
 @torch.no_grad()
-def test_many_tokens_of_a_sequence_are_read_in_full(seed: int) -> None:
+def test_all_is_read_in_full_where_less_takes_as_long(seed: int) -> None:
+    """The kernel does not fit this layer."""
     layer = make(seed, budgets=ROWS, dtype=torch.float32)
-    x = torch.randn(3, PREFILL + 1, 10)
+    x = torch.randn(3, FEW + 1, 10)
     layer.set_active(1)
     dense = layer(x)
     layer.set_active(0.2)
@@ -156,15 +158,14 @@ def test_many_tokens_of_a_sequence_are_read_in_full(seed: int) -> None:
     assert not torch.equal(at_budget, dense)
     layer.prefill_all = True
     assert torch.equal(layer(x), dense)
-    torch.testing.assert_close(layer(x[:, :PREFILL]), at_budget[:, :PREFILL])  # few of each, however many sequences
-    torch.testing.assert_close(layer(x[0, :1]), at_budget[0, :1])
+    torch.testing.assert_close(layer(x[0, :1]), dense[0, :1])
     torch.testing.assert_close(layer.train()(x), at_budget)
 
 
 @pytest.mark.parametrize("trust", [True, False])
 def test_a_model_is_set_saved_and_loaded_with_its_budget(tmp_path: Path, trust: bool) -> None:
     model = tiny_model()
-    dense, ids = copy.deepcopy(model), torch.randint(3, 256, (2, PREFILL + 2))
+    dense, ids = copy.deepcopy(model), torch.randint(3, 256, (2, FEW + 2))
     convert(model, PeerConfig(active=0.6), torch.randint(3, 256, (8, 32)))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, dense(ids).logits)

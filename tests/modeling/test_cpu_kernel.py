@@ -1,0 +1,303 @@
+"""The CPU kernel: what the plain path computes, whatever is asked of it; and it is never in the way."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from elastic_reference import at, make, middling
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peer_reference import normals
+from torch import Tensor
+
+from peerify.modeling import peer_cpu
+
+pytestmark = pytest.mark.skipif(peer_cpu.obstacle() is not None, reason=str(peer_cpu.obstacle()))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def build(seed: int, d_model: int = 48, num_experts: int = 70, dtype: torch.dtype = torch.float32, **form: Any) -> Any:
+    layer = make(seed, d_model, num_experts, dtype, **{"group": 32} | form)
+    for table in (layer.pool.u, layer.pool.gate):
+        table.data.mul_(0.3)
+    return layer.eval()
+
+
+@torch.no_grad()
+def plain(layer: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What the layer computes without the kernel, in a number type of its own; its copies are those of its weights."""
+    peer_cpu.enabled = False
+    try:
+        if dtype is None:
+            return layer(x)  # type: ignore[no-any-return]
+        again = copy.deepcopy(layer).to(dtype)
+        codes = peer_cpu.make_codes(layer.pool)
+        again.pool._copies.keep(_in(dtype, peer_cpu.make_copies(_as_float32(layer.pool), codes)), again.pool._tables())
+        return again(x.to(dtype))  # type: ignore[no-any-return]
+    finally:
+        peer_cpu.enabled = True
+
+
+def _as_float32(pool: Any) -> Any:
+    return copy.deepcopy(pool).float()
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    """The same (nested) tuple of tensors in that number type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return value if value is None else type(value)(*(_in(dtype, each) for each in value))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12))
+
+
+def size(layer: Any, x: Tensor) -> Tensor:
+    """What the output would be about if no input and no expert were in line with or against another."""
+    pool, norm_t1 = layer.pool, x.double().norm(dim=1, keepdim=True)
+    gate_n, u_n = (table.double().norm(dim=1) / layer.d_model**0.5 for table in (pool.gate, pool.u))
+    return ((norm_t1 * gate_n * norm_t1 * u_n).square() @ pool.v.double().square()).sqrt()
+
+
+def decided(layer: Any, x: Tensor, price: float, inputs: float) -> bool:
+    """Whether every choice is clear, so that roundings cannot turn one."""
+    wide = copy.deepcopy(layer).double()
+    low, high = (at(wide, price * by, inputs).pool(x.double(), wide.budget, choice=True).tier_tn for by in (0.99, 1.01))
+    return bool((low == high).all())
+
+
+@torch.no_grad()
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 2**31))
+def test_it_computes_what_the_plain_path_does(data: st.DataObject, seed: int) -> None:
+    dtype = data.draw(st.sampled_from([*TOLERANCE]), "dtype")
+    biased = data.draw(st.booleans(), "biased")
+    layer = build(
+        seed, 16 * data.draw(st.integers(1, 9), "d_model / 16"), data.draw(st.integers(1, 200), "experts"),
+        group=data.draw(st.sampled_from([32, 64]), "group"), expert_bias=biased, gate_bias=biased,
+        activation=data.draw(st.sampled_from([*peer_cpu.ACTIVATIONS]), "activation"),
+    )  # fmt: skip
+    layer.to(dtype)
+    x = normals(data.draw(st.integers(1, peer_cpu.FEW), "tokens"), layer.d_model, seed=seed + 1).to(dtype)
+    inputs = data.draw(st.sampled_from([1.0, 0.7, 0.3, 0.01]), "inputs")
+    price = middling(copy.deepcopy(layer).double(), x.double()) * 10 ** data.draw(st.floats(-4, 2), "price")
+    at(layer, price, inputs)
+    assert peer_cpu.usable(layer.pool, x)
+    got = layer(x)
+    assert got.dtype == dtype
+    exact, x = layer.float(), x.float()  # plainly in bfloat16, products are rounded, and choices may differ
+    assume(decided(exact, x, price, inputs))
+    expected = plain(exact, x, torch.float64)
+    far = (got.double() - expected).norm() / torch.maximum(expected.norm(), size(exact, x).norm())
+    assert far <= TOLERANCE[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nothing_and_everything(dtype: torch.dtype, seed: int) -> None:
+    layer, x = build(seed).to(dtype), normals(3, 48, seed=seed + 1).to(dtype)
+    assert torch.equal(at(layer, 1e30)(x), torch.zeros_like(x))
+    everything = at(layer, 1e-30)(x)
+    assert error(everything, plain(at(layer.float(), 0.0), x.float())) <= TOLERANCE[dtype]
+
+
+@torch.no_grad()
+def test_memory_is_not_read_before_it_is_written(seed: int) -> None:
+    layer, x = build(seed), normals(2, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    expected = layer(x)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def test_a_number_that_is_none_is_not_hidden(seed: int) -> None:
+    layer, x = build(seed), normals(3, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    x[1, 7] = torch.nan
+    y = layer(x)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@torch.no_grad()
+def test_any_layout_of_the_input(seed: int) -> None:
+    layer, x = build(seed), normals(48, 4, seed=seed + 1).float().T
+    at(layer, middling(layer, x))
+    assert not x.is_contiguous()
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=0)
+    torch.testing.assert_close(layer(x.view(2, 2, 48)), layer(x).view(2, 2, 48), rtol=0, atol=0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("threads")
+def test_any_number_of_threads(seed: int) -> None:
+    layer, x = build(seed, num_experts=900), normals(2, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    torch.set_num_threads(1)
+    expected = layer(x)
+    for count in (2, 8):
+        torch.set_num_threads(count)
+        for _ in range(20):
+            assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_two_models_and_many_callers_at_once(seed: int) -> None:
+    layers = [build(seed + i, num_experts=300) for i in range(2)]
+    tokens = [normals(2, 48, seed=seed + i).float() for i in range(8)]
+    for layer in layers:
+        at(layer, middling(layer, tokens[0]))
+    asked = [(layer, x) for layer in layers for x in tokens] * 5
+    expected = [layer(x) for layer, x in asked]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda pair: _without_gradients(*pair), asked))
+    assert all(torch.equal(y, z) for y, z in zip(got, expected, strict=True))
+
+
+def _without_gradients(layer: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():  # holds in one thread only
+        return layer(x)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_what_was_packed_follows_the_weights(seed: int) -> None:
+    layer, x = build(seed), normals(2, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    before, twin = layer(x), copy.deepcopy(layer)
+    layer.pool.v.mul_(2)
+    torch.testing.assert_close(twin(x), before, rtol=0, atol=0)
+    assert error(layer(x), plain(layer, x)) <= 1e-5
+    assert error(layer(x), before) > 0.5
+    layer.pool.u = torch.nn.Parameter(layer.pool.u * 0.5)
+    assert error(layer(x), plain(layer, x)) <= 1e-5
+
+
+def test_gradients_pass_as_without_it(seed: int) -> None:
+    layer, x = build(seed), normals(2, 48, seed=seed + 1).float().requires_grad_()
+    at(layer, middling(layer, x))
+    assert not peer_cpu.usable(layer.pool, x)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.pool.v.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_it_is_chosen_where_it_is_faster(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the table; elsewhere all experts are evaluated in full, unless the budget is to be kept always."""
+    layer, x = build(seed), normals(4, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    at_budget, dense = plain(layer, x), layer.pool(x, None)
+    assert error(at_budget, dense) > 1e-4
+    layer.prefill_all = True
+    monkeypatch.setitem(peer_cpu.FASTER, torch.float32, ((2, 0.6),))
+    assert error(layer(x), dense) <= 1e-6
+    assert error(layer(x[:2]), at_budget[:2]) <= 1e-5
+    layer.budget = layer.budget._replace(bytes=0.7)
+    assert error(layer(x[:2]), dense[:2]) <= 1e-6
+    layer.prefill_all = False
+    assert error(layer(x), at_budget) <= 1e-5
+
+
+@torch.no_grad()
+def test_layers_it_does_not_fit_say_why(seed: int) -> None:
+    for form, reason in (
+        ({"d_model": 40}, "40 inputs in groups of 32"),
+        ({"group": 16}, "48 inputs in groups of 16"),
+        ({"bits": 3}, "3 bits"),
+        ({"gated": False}, "no gate"),
+        ({"activation": "tanh"}, "tanh"),
+        ({"clamp": {"up": 1.0}}, "clamped"),
+    ):
+        layer = make(seed, **{"d_model": 48, "group": 32, "dtype": torch.float32} | form)
+        assert reason in layer.pool.misfit
+        x = normals(2, layer.d_model, seed=seed).float()
+        assert not peer_cpu.usable(layer.pool, x)
+        assert at(layer, middling(layer, x))(x).isfinite().all()
+
+
+def test_a_kernel_that_cannot_be_built_is_told_once(
+    seed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from peerify.modeling import peer_cpu_kernel
+
+    def fails(_: str) -> None:
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(peer_cpu_kernel, "compiled", fails)
+    monkeypatch.setattr(peer_cpu, "_compiled", {})
+    monkeypatch.setattr(peer_cpu, "_broken", [])
+    layer, x = build(seed), normals(2, 48, seed=seed + 1).float()
+    at(layer, middling(layer, x))
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))
+    text = "it could not be built: RuntimeError: no such instruction"
+    assert capfd.readouterr().err == f"peerify: the CPU kernel is not used, {text}\n"
+    assert peer_cpu.obstacle() == text
+
+
+SCRIPT = """
+import os, sys
+{first}
+import torch
+from elastic_reference import at, middling
+from test_cpu_kernel import build, error, normals, plain, peer_cpu
+torch.set_grad_enabled(False)
+layer, x = build({seed}), normals(2, 48, seed={seed}).float()
+at(layer, middling(layer, x))
+{then}
+"""
+
+
+def run(seed: int, first: str, then: str, **environment: str) -> str:
+    folders = [os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "helpers")]
+    path = os.pathsep.join([*folders, os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(seed=seed, first=first, then=then)],
+        env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_child_of_a_fork_goes_on_with_one_thread(seed: int) -> None:
+    then = """
+torch.set_num_threads(2)
+expected = layer(x)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.equal(layer(x), expected) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert run(seed, "", then) == "0"
+
+
+def test_it_can_be_switched_off(seed: int) -> None:
+    assert run(seed, "", "print(peer_cpu.obstacle(), layer(x).shape[1])", PEERIFY_KERNELS="0") == (
+        "switched off by PEERIFY_KERNELS=0 48"
+    )
+
+
+def test_models_run_where_numba_is_absent(seed: int) -> None:
+    first = "sys.modules['numba'] = sys.modules['llvmlite'] = None"
+    assert run(seed, first, "print(peer_cpu.obstacle(), layer(x).shape[1])") == "numba is not installed 48"
