@@ -40,14 +40,12 @@ def make_layer(options: dict[str, Any]) -> PEER | ElasticPEER:
     if options.pop("kind", "product") == "elastic":
         return ElasticPEER(**options)
     # Product keys had more options once. A layer that made no use of them is what it would be today.
-    gone = [options.pop(name, None) for name in ("rerank", "share_query", "estimate")]
-    if any(gone):
+    gone = {name: options.pop(name, None) for name in ("rerank", "share_query", "estimate", "shortlist", "candidates")}
+    if gone["rerank"] or gone["share_query"] or gone["estimate"]:
         raise ValueError(
             "the model was converted by an older version of peerify with re-ranking or low-rank keys, which this one "
             "has not: convert it again, or load it with trust_remote_code=True, by the code beside its weights"
         )
-    for name in ("shortlist", "candidates"):  # as many as topk
-        options.pop(name, None)
     return PEER(**options)
 
 

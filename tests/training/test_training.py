@@ -213,7 +213,7 @@ def test_the_plan_counts_what_trains(here: Path, name: str) -> None:
     size = sum(path.stat().st_size for path in Path(f"{name}-healed-run").rglob("*") if path.is_file())
     assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.6)
     before = plan_training(recipe("output=not-there-yet", *(["convert.keys=product"] if name == "product" else [])))
-    # Without the converted model about the same: the text decides each layer's share, and with it the router's rank.
+    # Without the converted model about the same: the text decides each layer's share, and with it the number of heads.
     assert before["parameters"] == pytest.approx(plan["parameters"], rel=0.02 if name == "product" else 1e-9)
     lora = plan_training(recipe(f"output={name}", stages=[{"train": "peer+lora"}]))["stages"][0]
     from peerify.config.train import StageConfig
