@@ -1,8 +1,7 @@
 """Seconds and memory of arranging the neurons of one layer in product-key grids, by the size of the layer.
 
-Random weights, random tokens; the grids are those that a conversion at `--active` would take with share_query off
-(by default every expert has a key of its own, and nothing is arranged). Each size runs in a process of its own: the
-peak of memory is that of the process, the layer's weights included, after each step.
+Random weights, random tokens; the grids are those that a conversion to product keys at `--active` would take. Each size
+runs in a process of its own: the peak of memory is that of the process, the layer's weights included, after each step.
 
     python benchmarks/clustering.py [--sizes 1536x576,11008x4096,28672x8192] [--tokens 4096] [--active 0.5]
 """
@@ -55,9 +54,9 @@ def measure(d_ff: int, d_model: int, tokens: int, active: float) -> dict[str, ob
         u_fd=u_fd, gate_fd=gate_fd, v_fd=v_fd, u_bias_f=None, gate_bias_f=None, bias_d=None, activation="silu"
     )
     x_td = torch.randn(tokens, d_model) * scale_d
-    config = PeerConfig(active=active, share_query=False)
+    config = PeerConfig(active=active, keys="product")
     plan = plan_layer(config, path="mlp", d_model=d_model, d_ff=d_ff, gated=True, activation="silu")
-    names = ("share_pool", "share_keys", "query_dim", "query_norm", "key_bias", "share_query")
+    names = ("share_pool", "share_keys", "query_dim", "query_norm", "key_bias")
     grid = tuple(plan["grid"])
     keys = ProductKeys(d_model, d_ff, grid, plan["num_heads"], **{name: plan[name] for name in names})
     seconds: dict[str, float] = {}

@@ -38,9 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Options of `PeerConfig` by name; the active share is added to them."""
 
-_UNFITTED = {"refit": False, "refine_steps": 0, "rerank": "none", "allocation": "uniform"}
+_UNFITTED = {"refit": False, "refine_steps": 0, "allocation": "uniform"}
 RANDOM: dict[str, dict[str, Any]] = {
-    "random-keys": {**_UNFITTED, "keys": "product", "share_query": False},
+    "random-keys": {**_UNFITTED, "keys": "product"},
     "random-peer": {**_UNFITTED, "preset": "peer-paper"},
 }
 """PEER layers of which nothing is fitted: random keys over copied neurons whose gates are 1, in the grids that peerify

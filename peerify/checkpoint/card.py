@@ -292,12 +292,9 @@ def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
             table.append(f"| `{path}` | {layer['num_experts']} | {keys} | {budgets} | {last} |")
             continue
         heads, (rows, columns) = layer["num_heads"], layer["grid"]
-        product_keys = f"product keys, {heads} × ({rows} × {columns})"
-        router = (
-            f"a key each, rank {layer.get('query_dim')}" if rows == 1 and layer.get("share_query") else product_keys
-        )
+        router = f"product keys, {heads} × ({rows} × {columns})"
         always = f", {layer['num_shared']} always" if layer["num_shared"] else ""
-        used = f"{_added(layer)} of {heads * (layer.get('candidates') or layer['topk'])}{always}"
+        used = f"{_added(layer)}{always}"
         table.append(f"| `{path}` | {layer['num_experts']} | {router} | {used} | {last} |")
     return "\n".join(table)
 

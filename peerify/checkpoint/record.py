@@ -165,13 +165,10 @@ class Layer(TypedDict):
     num_heads: Count
     topk: Count
     num_shared: Count
-    candidates: NotRequired[Count | None]
-    shortlist: NotRequired[Count | None]
     query_dim: NotRequired[Count | None]
     d_ff: NotRequired[Count | None]
     activation: NotRequired[str]
     gates: NotRequired[str]
-    rerank: NotRequired[str | None]
     clamp: NotRequired[dict[str, float] | None]
     gated: NotRequired[bool]
     expert_bias: NotRequired[bool]
@@ -180,10 +177,8 @@ class Layer(TypedDict):
     share_pool: NotRequired[bool]
     share_keys: NotRequired[bool]
     joint_topk: NotRequired[bool]
-    share_query: NotRequired[bool]
     query_norm: NotRequired[bool]
     key_bias: NotRequired[bool]
-    estimate: NotRequired[bool]
 
 
 def _kind(layer: Any) -> str:

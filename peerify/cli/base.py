@@ -28,7 +28,6 @@ PROMOTED = {
     "--allocation": "convert.allocation",
     "--num-heads": "convert.num_heads",
     "--topk": "convert.topk",
-    "--candidates": "convert.candidates",
     "--num-experts": "convert.num_experts",
     "--preset": "convert.preset",
     "--calibration": "calibration.data",

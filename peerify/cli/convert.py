@@ -21,7 +21,6 @@ from peerify.config.recipe import Recipe
 @promoted("--allocation", metavar="HOW")
 @promoted("--num-heads", type=int)
 @promoted("--topk", type=int)
-@promoted("--candidates", type=int)
 @promoted("--num-experts", type=int)
 @promoted("--preset", metavar="NAME")
 @promoted("--calibration", multiple=True, metavar="TEXT")

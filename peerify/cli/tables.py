@@ -286,9 +286,8 @@ def _table(*headers: str) -> Table:
 
 
 def _topk(layer: Mapping[str, Any]) -> str:
-    """Heads and what each adds up: "32 × 18 of 36" where 36 candidates are re-ranked."""
-    topk = f"{layer['num_heads']} × {layer['topk']}"
-    return topk if layer.get("candidates") in (None, layer["topk"]) else f"{topk} of {layer['candidates']}"
+    """Heads and what each adds up."""
+    return f"{layer['num_heads']} × {layer['topk']}"
 
 
 def _alike(site: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -56,9 +55,7 @@ class PeerConfig(Section):
         "joint_topk": False,
         "share_pool": True,
         "share_keys": True,
-        "share_query": False,
         "query_norm": True,
-        "rerank": "none",
         "num_shared": 0,
     }
 
@@ -97,13 +94,6 @@ class PeerConfig(Section):
     topk: int | None = Field(default=None, ge=1)
     """Experts added up per head (k), instead of an active share."""
 
-    candidates: int | None = Field(default=None, ge=1)
-    """Experts retrieved per head before re-ranking shortlists the best of them."""
-
-    shortlist: int | None = Field(default=None, ge=1)
-    """Candidates per head whose activation is evaluated, before the topk that contribute most are added up; by default
-    topk, where that is given. For gated experts."""
-
     num_experts: int | None = Field(default=None, ge=1, le=2**31)
     """Experts per layer; by default one per neuron of the dense layer. With fewer the least important neurons go, with
     more the most important are split."""
@@ -131,21 +121,8 @@ class PeerConfig(Section):
     query_dim: int | None = Field(default=None, ge=2, le=2**16, multiple_of=2)
     """Length of a query; its two halves meet the two sets of sub-keys."""
 
-    share_query: bool | None = None
-    """One low-rank query, met whole by the sub-keys of all heads, instead of a query of its own for each head. By
-    default also a key for each expert instead of product keys, where the router's budget allows it; false: product keys
-    in grids."""
-
-    estimate: bool | None = None
-    """Score experts by the size that a low-rank estimate of their gate projection makes likely, instead of by a linear
-    score; by default where experts have keys of their own; false: linear."""
-
     query_norm: bool | None = None
     """Batch norm on the queries (the paper)."""
-
-    rerank: Literal["auto", "gate", "up", "none"] = "auto"
-    """Projection evaluated to re-rank candidates; auto: up where scores estimate the other factor, else picked per
-    layer by calibration error."""
 
     refit: bool | None = None
     """Refit the experts' output vectors to what product keys retrieve, correcting the layers before as well; by default
@@ -159,8 +136,8 @@ class PeerConfig(Section):
     """Seed of everything random; the same seed gives the same bytes."""
 
     PRODUCT: ClassVar[tuple[str, ...]] = (
-        *("preset", "num_heads", "topk", "candidates", "shortlist", "num_experts", "grid", "gates", "joint_topk"),
-        *("share_pool", "share_keys", "num_shared", "query_dim", "share_query", "estimate", "query_norm"),
+        *("preset", "num_heads", "topk", "num_experts", "grid", "gates", "joint_topk"),
+        *("share_pool", "share_keys", "num_shared", "query_dim", "query_norm"),
     )
     """Options that product keys have and copies have not."""
 
@@ -170,8 +147,7 @@ class PeerConfig(Section):
         return self.keys == "copies" or (self.keys is None and not self._of_product_keys())
 
     def _of_product_keys(self) -> list[str]:
-        given = [name for name in self.PRODUCT if getattr(self, name) is not None]
-        return given + ([] if self.rerank == "auto" else ["rerank"])
+        return [name for name in self.PRODUCT if getattr(self, name) is not None]
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -218,42 +194,22 @@ class PeerConfig(Section):
 
     def _compute_fault(self) -> str | None:
         if self.max_loss is not None and self.topk is not None:
-            return "max_loss sets the compute of each layer: it does not go with topk/candidates"
+            return "max_loss sets the compute of each layer: it does not go with topk"
         if self.max_loss is not None and self.active is not None:
             return "active and max_loss both set the compute: give one of them"
         if self.topk is not None and (self.layers == "auto" or self.allocation == "sensitivity"):
             return "layers auto and allocation sensitivity choose active shares: give active or max_loss, not topk"
         if self.allocation == "uniform" and (self.layers == "auto" or self.max_loss is not None):
             return "layers auto and max_loss give each layer a share of its own: drop allocation uniform"
-        for name in ("candidates", "shortlist"):
-            if getattr(self, name) is not None and self.topk is None:
-                return f"{name} needs topk beside it: how many of them to add up"
         if self.active is not None and self.topk is not None:
-            return "active and topk/candidates both set the compute: give one of them"
+            return "active and topk both set the compute: give one of them"
         if self.active is None and self.topk is None and self.max_loss is None:
             return "give active (a share such as 0.5) or topk"
-        if self.topk is None:
-            return None
-        sizes = {"topk": self.topk, "shortlist": self.shortlist, "candidates": self.candidates}
-        given = [(name, size) for name, size in sizes.items() if size is not None]
-        for (less, small), (more, large) in pairwise(given):
-            if large < small:
-                return f"{more} ({large}) must be at least {less} ({small})"
-        if self.rerank == "none" and given[-1][1] > self.topk:
-            return f"{given[-1][0]} above topk are re-ranked, so rerank cannot be none"
         return None
 
     def _pool_fault(self) -> str | None:
-        reranks = self.rerank in ("gate", "up") or (self.candidates or self.shortlist or 0) > (self.topk or 0)
-        if self.gates == "softmax" and reranks:
-            return (
-                "re-ranking does not go with softmax gates, which are normalised over what is retrieved: "
-                "use gates unit or sigmoid, or rerank none without candidates"
-            )
         if self.share_keys and self.share_pool is False:
             return "share_keys needs share_pool: heads with parts of their own have keys of their own"
-        if self.share_query and (self.share_keys or self.query_norm or self.query_dim is None):
-            return "share_query needs query_dim, and goes neither with share_keys nor with query_norm"
         if self.joint_topk and self.share_pool:
             return "joint_topk is for heads with parts of their own: it does not go with share_pool"
         if self.num_experts is None:
@@ -262,7 +218,7 @@ class PeerConfig(Section):
             return f"a grid of {self.grid[0]} x {self.grid[1]} has no room for {self.num_experts} experts"
         if (self.num_shared or 0) > self.num_experts:
             return f"num_shared ({self.num_shared}) is above num_experts ({self.num_experts})"
-        wanted = (self.num_heads or 1) * (self.candidates or self.shortlist or self.topk or 0)
+        wanted = (self.num_heads or 1) * (self.topk or 0)
         if wanted > self.num_experts:
             return f"heads x top-k asks for {wanted} experts per token, there are {self.num_experts}"
         return None
@@ -270,11 +226,9 @@ class PeerConfig(Section):
     def _preset_fault(self) -> str | None:
         if self.preset is None:
             return None
-        if (self.candidates or self.shortlist or self.topk) != self.topk:
-            return "preset peer-paper evaluates what it retrieves: it takes no candidates"
         for name, value in self.PEER_PAPER.items():
             given = getattr(self, name)
-            if name in self.model_fields_set and given not in (None, "auto", value):
+            if name in self.model_fields_set and given not in (None, value):
                 return f"preset peer-paper has {name} {value}, not {given}: drop one of the two"
         return None
 

@@ -173,7 +173,7 @@ class Recipe(Section):
         origins = dict.fromkeys(values, printable(path or ""))
         spoken = parse_overrides(overrides) | {key: value for key, (_, value) in (flags or {}).items()}
         # What the command line says of the compute replaces what a recipe says of it in other words.
-        ways = [{"convert.active"}, {"convert.topk", "convert.shortlist", "convert.candidates"}, {"convert.max_loss"}]
+        ways = [{"convert.active"}, {"convert.topk"}, {"convert.max_loss"}]
         if any(way & spoken.keys() for way in ways):
             for way in ways:
                 if not way & spoken.keys():

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from peerify.conversion.block_cache import BlockCache
 from peerify.conversion.calibration import Batch, SiteData, on_device, walk
 from peerify.conversion.feedforward import replaced
-from peerify.conversion.sizing import RERANK_RANK
 from peerify.discovery.sites import Site
 from peerify.modeling.modeling_peer import make_layer
 from peerify.modeling.peer_elastic import ElasticPEER
@@ -207,16 +206,8 @@ def planned_fractions(options: Mapping[str, Any], active: float = 1.0) -> tuple[
     Args:
         active: the budget of layers that have several.
     """
-    options = dict(options)
-    if options.get("rerank") == "auto":  # decided by the data; either projection costs the same
-        options["rerank"] = "up"
-    if options.get("kind") != "elastic":
-        everything = options["num_heads"] * options["candidates"] >= options["num_experts"] - options["num_shared"]
-        if options["rerank"] is not None and options["share_query"] and options["query_dim"] and everything:
-            # The conversion shortens a query that only helps to re-rank.
-            options["query_dim"] = min(options["query_dim"], math.ceil(RERANK_RANK * options["d_model"]))
     with torch.device("meta"):
-        layer = make_layer(options)
+        layer = make_layer(dict(options))
     if isinstance(layer, ElasticPEER):
         layer.set_active(active)
     return layer.bytes_fraction, layer.macs_fraction

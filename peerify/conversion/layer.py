@@ -5,7 +5,6 @@ Suffixes: t tokens, d d_model, f neurons of the dense layer, n experts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from peerify.conversion.clustering import arrange
 from peerify.conversion.feedforward import FeedForward
 from peerify.conversion.refine import refine
 from peerify.conversion.refit import fit_outputs, relative_error
-from peerify.conversion.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
-from peerify.conversion.sizing import RERANK_RANK, plan_layer, splits
+from peerify.conversion.router import RouterFit, fill_keys, fit_router, points
+from peerify.conversion.sizing import plan_layer
 from peerify.discovery.sites import Site
 from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
@@ -27,7 +26,6 @@ from peerify.modeling.peer_layer import PEER
 # of their attention, and a router that misses one of them once spoils a whole window. They are less than 1 %.
 PEAK = 1.5
 MOST_SHARED = 0.02  # of the neurons
-PROBE_TOKENS = 2048  # enough to tell which projection re-ranks better
 
 
 @torch.no_grad()
@@ -50,8 +48,6 @@ def convert_layer(ff: FeedForward, data: SiteData, config: PeerConfig) -> tuple[
     plan = plan_for(ff, data.site, config)
     neuron_n, share_n = _experts(fit, plan, config.seed)
     layer = _build(ff, plan, fit, neuron_n, share_n)
-    if plan["rerank"] is not None:
-        plan = plan | _choose(layer, plan["rerank"], splits(config, plan), fit, neuron_n, data)
     target_td = data.y_td if data.correction_td is None else data.y_td + data.correction_td
     refine(layer, data.x_td, target_td, steps=config.refine_steps, seed=config.seed)
     inexact = layer.gates != "unit" or layer.topk < layer.num_experts - layer.num_shared
@@ -72,7 +68,6 @@ def plan_for(ff: FeedForward, site: Site, config: PeerConfig) -> dict[str, Any]:
         expert_bias=ff.u_bias_f is not None,
         gate_bias=ff.gate_bias_f is not None,
         output_bias=ff.bias_d is not None,
-        learned=ff.learned is not None,
     )
 
 
@@ -101,17 +96,11 @@ def _experts(fit: RouterFit, plan: dict[str, Any], seed: int) -> tuple[Tensor, T
 def _build(ff: FeedForward, plan: dict[str, Any], fit: RouterFit, neuron_n: Tensor, share_n: Tensor) -> PEER:
     """A PEER layer whose experts are copies of neurons, with fitted queries and sub-keys."""
     with torch.random.fork_rng(devices=[]):  # the random initialisation is overwritten: leave no trace of it
-        layer = PEER(**plan | {"rerank": "up" if plan["rerank"] == "auto" else plan["rerank"]}).to(ff.u_fd.device)
+        layer = PEER(**plan).to(ff.u_fd.device)
     copy_neurons(layer, ff, neuron_n)
     layer.pool.v.data.mul_(share_n[:, None])
-    layer.pool.update_norm()
     routed = neuron_n[layer.num_shared :]
-    if plan["estimate"]:
-        fill_estimates(layer.keys, ff, fit, routed)
-        if layer.pool.rerank_slope is not None:  # re-ranking takes them at their word
-            layer.pool.rerank_slope.data.fill_(1.0 if layer.pool.gate is not None else 0.0)
-    else:
-        fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
+    fill_keys(layer.keys, fit, routed, _head_weights(layer.pool.v.data[layer.num_shared :], layer.num_heads))
     return layer.eval()
 
 
@@ -134,50 +123,3 @@ def _head_weights(v_nd: Tensor, heads: int) -> Tensor:
     retrieve the same experts, so each judges an expert by its own share of the output coordinates."""
     parts = [v_nd[:, head::heads].norm(dim=1) for head in range(heads)]
     return torch.stack(parts) / v_nd.norm(dim=1).clamp_min(torch.finfo(v_nd.dtype).tiny) * heads**0.5
-
-
-def _choose(
-    layer: PEER,
-    rerank: str,
-    splits: list[list[tuple[int, int, int]]],
-    fit: RouterFit,
-    neuron_n: Tensor,
-    data: SiteData,
-) -> dict[str, Any]:
-    """Set the projection that re-ranks and the split of compute that give the smallest output error.
-
-    Args:
-        rerank: "gate", "up", or "auto" for the better one.
-        splits: see `plan.splits`.
-
-    Returns:
-        The choice, as keyword arguments of `PEER`.
-    """
-    probes = list(fit.probe_scale_f) if rerank == "auto" else [rerank]
-    step = max(1, len(data.x_td) // PROBE_TOKENS)
-    x_td, y_td = data.x_td[::step], data.y_td[::step]
-    products = layer.products(x_td)
-
-    def use(probe: str, budget: tuple[int, int, int]) -> None:
-        layer.set_budget(*budget)
-        layer.pool.rerank = probe
-        assert layer.pool.rerank_scale is not None
-        scale_f = fit.probe_scale_f[probe]
-        if layer.keys.act is not None and layer.pool.gate is not None:
-            scale_f = 1 / fit.up_f  # the score speaks for the rest, and for E|up| as long as nothing better is known
-        layer.pool.rerank_scale.data.copy_(scale_f[neuron_n])
-
-    def error(option: tuple[str, tuple[int, int, int]]) -> float:
-        use(*option)
-        experts_td = layer.activations(x_td, products) @ layer.pool.v
-        return relative_error(experts_td + (0.0 if layer.bias is None else layer.bias), y_td)
-
-    options = [(probe, budgets[0]) for budgets in splits for probe in probes]
-    probe, budget = min(options, key=error) if len(options) > 1 else options[0]
-    options = [(probe, other) for budgets in splits if budgets[0] == budget for other in budgets]
-    probe, budget = min(options, key=error) if len(options) > 1 else options[0]
-    use(probe, budget)
-    chosen: dict[str, Any] = {"rerank": probe} | dict(zip(("topk", "shortlist", "candidates"), budget, strict=True))
-    if layer.keys.share_query and layer.candidates >= layer.keys.num_keys:
-        chosen["query_dim"] = truncate(layer.keys, fit, math.ceil(RERANK_RANK * layer.d_model))
-    return chosen

@@ -74,8 +74,8 @@ class ConversionPlan:
     configs: dict[str, PeerConfig]
     """For each path to be converted to product keys: the configuration with the layer's own active share."""
     layers: dict[str, dict[str, Any]]
-    """Options of each layer to be converted, as in config.json. With product keys the calibration data may still shift
-    topk against shortlist and candidates, and shorten the query of a layer whose candidates are all."""
+    """Options of each layer to be converted, as in config.json. With product keys the calibration data still say which
+    experts are always on."""
     measured: dict[str, Measured]
     """For each path to be converted to copies: what is known of it."""
     active: float
@@ -347,7 +347,7 @@ def _sensitivities(
 ) -> dict[str, float]:
     """`sensitivities` of the layers that `config` would make, fitted in closed form only."""
     share = config.active if config.active not in (None, 1.0) else PROBE_ACTIVE
-    compute = {"active": share, "topk": None, "candidates": None, "max_loss": None}
+    compute = {"active": share, "topk": None, "max_loss": None}
     quick = config.model_copy(update=compute | {"refit": False, "refine_steps": 0})
 
     def build(data: SiteData) -> tuple[PEER, float]:

@@ -19,8 +19,8 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
     Returns:
         ``{"model", "layers": [...], "converted", "bytes_fraction", "macs_fraction", "predicted_ratio", "seconds"}``.
         Each layer has ``{"path", "d_model", "d_ff", "sensitivity", "converted", "bytes_fraction", "macs_fraction",
-        "num_heads", "topk", "shortlist", "candidates"}``: sensitivity as of `ConversionPlan`, the fractions of the
-        dense layer's bytes and multiply-adds; the last four are None without product keys.
+        "num_heads", "topk"}``: sensitivity as of `ConversionPlan`, the fractions of the dense layer's bytes and
+        multiply-adds; the last two are None without product keys.
         The fractions of the whole are over all these layers. predicted_ratio is the perplexity over the dense model's.
 
     Raises:
@@ -42,7 +42,7 @@ def plan_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict
                 "converted": options is not None,
                 "bytes_fraction": read,
                 "macs_fraction": done,
-                **{key: (options or {}).get(key) for key in ("num_heads", "topk", "shortlist", "candidates")},
+                **{key: (options or {}).get(key) for key in ("num_heads", "topk")},
             }
         )
     return {

@@ -3,10 +3,9 @@
 The closed-form fit (router.py) predicts how much each expert contributes, but only the order of the predictions counts.
 A hard top-k passes no gradient to scores. The router's selection is therefore relaxed: expert i is selected with
 probability m_i = sigmoid((s_i - tau) / T), where tau is such that the m_i sum to k. The router's loss is the energy of
-the experts left out, sum (1 - m_i) |a_i|^2 ||v_i||^2. It is taken twice, for the candidates and for the shortlist, and
-without the experts that would not be kept anyway. At the same time the experts are trained on the squared error of the
-layer's output, with the hard selection. Both losses are relative to each token's total, because in many models a few
-tokens have activations a hundred times as large as all others.
+the experts left out, sum (1 - m_i) |a_i|^2 ||v_i||^2. At the same time the experts are trained on the squared error of
+the layer's output, with the hard selection. Both losses are relative to each token's total, because in many models a
+few tokens have activations a hundred times as large as all others.
 
 Suffixes: t tokens, d d_model, n experts (scores: routed ones only), h heads, m rows + columns.
 """
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from peerify.conversion.precision import fast_products
 from peerify.modeling.peer_keys import ProductKeys
 from peerify.modeling.peer_layer import PEER
-from peerify.modeling.peer_selection import among_logs, among_sizes, at_least, cell_scores, threshold
+from peerify.modeling.peer_selection import at_least, cell_scores, threshold
 
 BATCH = 512  # tokens
 PASSES = 2  # over the calibration text, unless the number of steps is given
@@ -31,8 +30,7 @@ RATE = 6e-3  # of Adam, for biases in units of the scores' standard deviation; f
 KEY_RATE = 0.15  # for sub-keys, in units of their elements' standard deviation
 EXPERT_RATE = 0.01  # for the experts' vectors, likewise
 WARM_UP = 10  # steps; then the rate falls to 0 in a straight line
-TEMPERATURE = 0.3  # in units of the scores' standard deviation
-SLOPE = 0.3  # of the score in the re-ranking, to start from
+TEMPERATURE = 0.3  # T, in units of the scores' standard deviation
 NEWTON_STEPS, ENOUGH = 8, 1e-2  # at most; after a step below ENOUGH temperatures, about its square is left
 
 
@@ -56,7 +54,6 @@ def refine(layer: PEER, x_td: Tensor, target_td: Tensor, *, steps: int | None, s
         return
     with torch.enable_grad():
         _train(layer, x_td, target_td, steps, seed)
-    layer.pool.update_norm()
     layer.zero_grad(set_to_none=True)
 
 
@@ -91,41 +88,20 @@ def _loss(layer: PEER, router: _Router, x_td: Tensor, target_td: Tensor) -> Tens
     a_tn = pool.activate(u_tn, gate_tn)
     score_tn = router.scores(x_td)
     with torch.no_grad():
-        gain_tn = size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
+        size_tn = a_tn[:, shared:].abs() * pool.v[shared:].norm(dim=1)
         total_t1 = size_tn.square().sum(1, keepdim=True).clamp_min(tiny)
-    candidate_tn, missed_tn = torch.ones_like(size_tn), torch.zeros_like(size_tn)
-    if layer.candidates < score_tn.shape[1]:  # else scores only help to re-rank
-        level_t1 = threshold(score_tn, layer.candidates)
-        candidate_tn = at_least(score_tn, level_t1)
-        missed_tn = 1 - SoftTopK.apply(score_tn, layer.candidates, level_t1, router.temperature)
-    kept_tn = candidate_tn
-    if router.log_scale_n is not None and layer.shortlist < layer.candidates:
-        with torch.no_grad():
-            probe_tn = (gate_tn if pool.rerank == "gate" else u_tn)[:, shared:]  # type: ignore[index]
-            probed_tn = pool.rerank_factor(probe_tn).clamp_min(1e-30).log()
-        worth_tn = probed_tn + router.log_scale_n + router.slope * score_tn
-        among_tn = among_logs(worth_tn, candidate_tn)
-        least_t1 = threshold(among_tn, layer.shortlist)
-        kept_tn = at_least(among_tn, least_t1)
-        # Being a candidate pays for those that would be shortlisted; being shortlisted, for those that are candidates.
-        missed_tn = missed_tn * at_least(worth_tn, least_t1)
-        cut_tn = 1 - SoftTopK.apply(among_tn, layer.shortlist, least_t1, router.temperature)
-        missed_tn = missed_tn + cut_tn * candidate_tn
-    if layer.topk < layer.shortlist:
-        # Of the shortlisted, those that contribute most are added up: what is not among them is not missed.
-        last_t1 = threshold(among_sizes(size_tn, kept_tn), layer.topk)
-        large_tn = at_least(size_tn, last_t1)
-        gain_tn, kept_tn = size_tn * large_tn, kept_tn * large_tn
+    level_t1 = threshold(score_tn, layer.topk)
+    kept_tn = at_least(score_tn, level_t1)
+    missed_tn = 1 - SoftTopK.apply(score_tn, layer.topk, level_t1)
     weight_tn = torch.cat([kept_tn.new_ones(len(x_td), shared), kept_tn], dim=1)
     y_td = ((a_tn * weight_tn) @ pool.v).to(x_td.dtype)
     error_t = (y_td + (0.0 if layer.bias is None else layer.bias) - target_td).square().sum(1)
     error_t = error_t / target_td.square().sum(1).clamp_min(tiny)
-    return (missed_tn * (gain_tn.square() / total_t1)).sum(1).mean() + error_t.mean()
+    return (missed_tn * (size_tn.square() / total_t1)).sum(1).mean() + error_t.mean()
 
 
 class _Router:
-    """A layer's router in coordinates that suit Adam: standardised input, and scores with standard deviation 1 unless
-    they are estimates, which have a unit of their own."""
+    """A layer's router in coordinates that suit Adam: standardised input, and scores with standard deviation 1."""
 
     def __init__(self, layer: PEER, x_td: Tensor) -> None:
         keys = copy.deepcopy(layer.keys)
@@ -139,18 +115,9 @@ class _Router:
             if keys.sub_key_bias is not None:
                 keys.sub_key_bias.copy_(bias_hm)
             deviation = float(self.scores(x_td[: 4 * BATCH]).std().clamp_min(1e-30))
-            if keys.act is not None:
-                self.temperature, slope = TEMPERATURE * deviation, layer.pool.rerank_slope
-            else:
-                self.temperature, slope = TEMPERATURE, None
-                keys.sub_keys.div_(deviation)
-                if keys.sub_key_bias is not None:
-                    keys.sub_key_bias.div_(deviation)
-        start = x_td.new_tensor([SLOPE]) if slope is None else slope.detach().clone()
-        self.slope = start.requires_grad_()
-        self.log_scale_n = None
-        if layer.pool.rerank_scale is not None:
-            self.log_scale_n = layer.pool.rerank_scale.data[layer.num_shared :].clamp_min(1e-30).log().requires_grad_()
+            keys.sub_keys.div_(deviation)
+            if keys.sub_key_bias is not None:
+                keys.sub_key_bias.div_(deviation)
 
     def learned(self) -> list[tuple[Tensor, float]]:
         """The tensors that learn, and the rates they learn at."""
@@ -160,12 +127,10 @@ class _Router:
             found.append((keys.query_proj.weight, RATE * _deviation(keys.query_proj.weight)))
         if keys.sub_key_bias is not None:
             found.append((keys.sub_key_bias, RATE))
-        if keys.log_scale is not None:
-            found.append((keys.log_scale, RATE))
-        return found + ([] if self.log_scale_n is None else [(self.slope, RATE / 2), (self.log_scale_n, RATE / 2)])
+        return found
 
     def scores(self, x_td: Tensor) -> Tensor:
-        """(t, n), those of the layer, linear ones but for a factor."""
+        """(t, n), those of the layer but for a factor."""
         return cell_scores(self.keys, *self.keys.sub_scores((x_td - self.mean_d) / self.scale_d))[:, 0]
 
     def _at_mean(self, keys: ProductKeys) -> Tensor:
@@ -175,16 +140,13 @@ class _Router:
     @torch.no_grad()
     def store(self, layer: PEER) -> None:
         """Into the layer's own parameters."""
-        keys, pool = copy.deepcopy(self.keys), layer.pool
+        keys = copy.deepcopy(self.keys)
         _meets_input(keys).div_(self.scale_d)
         if keys.sub_key_bias is not None:
             bias_hm = keys.sub_key_bias.clone()
             keys.sub_key_bias.zero_()
             keys.sub_key_bias.copy_(bias_hm - self._at_mean(keys))
         layer.keys.load_state_dict(keys.state_dict())
-        if self.log_scale_n is not None and pool.rerank_scale is not None and pool.rerank_slope is not None:
-            pool.rerank_scale[layer.num_shared :] = self.log_scale_n.exp()
-            pool.rerank_slope.copy_(self.slope)
 
 
 def _meets_input(keys: ProductKeys) -> Tensor:
@@ -200,26 +162,25 @@ class SoftTopK(torch.autograd.Function):
     """m_i = sigmoid((s_i - tau) / T) with tau such that each row sums to k; gradients pass through tau as well."""
 
     @staticmethod
-    def forward(ctx: Any, score_tn: Tensor, k: int, tau_t1: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, score_tn: Tensor, k: int, tau_t1: Tensor) -> Tensor:
         """(t, n) in and out; `tau_t1` is where to begin, the k-th largest score."""
         for _ in range(NEWTON_STEPS):
-            m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
+            m_tn = torch.sub(score_tn, tau_t1).div_(TEMPERATURE).sigmoid_()
             sum_t1 = m_tn.sum(1, keepdim=True)
-            slope_t1 = (sum_t1 - m_tn.square_().sum(1, keepdim=True)) / temperature
-            step_t1 = ((sum_t1 - k) / slope_t1.clamp_min(1e-6)).clamp(-temperature, temperature)
+            slope_t1 = (sum_t1 - m_tn.square_().sum(1, keepdim=True)) / TEMPERATURE
+            step_t1 = ((sum_t1 - k) / slope_t1.clamp_min(1e-6)).clamp(-TEMPERATURE, TEMPERATURE)
             tau_t1 = tau_t1 + step_t1
-            if float(step_t1.abs().max()) < ENOUGH * temperature:
+            if float(step_t1.abs().max()) < ENOUGH * TEMPERATURE:
                 break
-        m_tn = torch.sub(score_tn, tau_t1).div_(temperature).sigmoid_()
+        m_tn = torch.sub(score_tn, tau_t1).div_(TEMPERATURE).sigmoid_()
         ctx.save_for_backward(m_tn)
-        ctx.temperature = temperature
         return m_tn
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """d m_i / d s_j = w_i (delta_ij - w_j / sum w) / T with w = m (1 - m)."""
         (grad_tn,) = grads
         (m_tn,) = ctx.saved_tensors
         weight_tn = torch.addcmul(m_tn, m_tn, m_tn, value=-1)
         mean_t1 = (grad_tn * weight_tn).sum(1, keepdim=True) / weight_tn.sum(1, keepdim=True).clamp_min(1e-12)
-        return (grad_tn - mean_t1).mul_(weight_tn).div_(ctx.temperature), None, None, None
+        return (grad_tn - mean_t1).mul_(weight_tn).div_(TEMPERATURE), None, None

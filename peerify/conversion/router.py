@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from peerify.conversion.clustering import two_way
 from peerify.conversion.feedforward import FeedForward
@@ -44,11 +43,6 @@ class RouterFit:
     """Mean input."""
     factor_dd: Tensor
     """L with L L^T = covariance of the input: key @ L measures scores by how much they vary over the data."""
-    probe_scale_f: dict[str, Tensor]
-    """For each projection that can re-rank, "up" and "gate": E|other factor| ||v_f||."""
-    up_f: Tensor
-    """Mean size of the factor that has no activation function: E|up factor|, of dead neurons a little above 0, since
-    it is divided by; 1 for plain neurons."""
 
 
 def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
@@ -57,7 +51,7 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
     norm_f = ff.v_fd.norm(dim=1)
     mean_d = x_td.mean(0)
     second_dd, cross_df = x_td.new_zeros(d_model, d_model), x_td.new_zeros(d_model, d_ff)
-    importance_f, peak_f, up_f, gate_f = (x_td.new_zeros(d_ff) for _ in range(4))
+    importance_f, peak_f = x_td.new_zeros(d_ff), x_td.new_zeros(d_ff)
     sizes_t: list[Tensor] = []
     for x in x_td.split(CHUNK):
         centred = x - mean_d
@@ -69,9 +63,6 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         importance_f += importance_tf.sum(0)
         peak_f = torch.maximum(peak_f, importance_tf.amax(0))
         sizes_t.append(importance_tf.norm(dim=1))
-        if act_tf is not None:
-            up_f += up_tf.abs().sum(0, dtype=x.dtype)
-            gate_f += act_tf.abs().sum(0, dtype=x.dtype)
     tokens = len(x_td)
     covariance_dd, cross_df = second_dd / tokens, cross_df / tokens
     # Standardising the input and adding RIDGE to its correlation matrix, written on the covariance itself.
@@ -81,7 +72,6 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
     key_fd = torch.cholesky_solve(cross_df, factor_ridge).T
     factor_dd = torch.linalg.cholesky(covariance_dd + torch.diag(1e-4 * variance_d + floor))
     mean_score_f = importance_f / tokens
-    scale = {"up": norm_f} if ff.gate_fd is None else {"up": gate_f / tokens * norm_f, "gate": up_f / tokens * norm_f}
     return RouterFit(
         key_fd=key_fd,
         bias_f=mean_score_f - key_fd @ mean_d,
@@ -89,10 +79,6 @@ def fit_router(ff: FeedForward, x_td: Tensor) -> RouterFit:
         peak_f=peak_f / torch.cat(sizes_t).median().clamp_min(torch.finfo(x_td.dtype).tiny),
         mean_d=mean_d,
         factor_dd=factor_dd,
-        probe_scale_f=scale,
-        up_f=torch.ones_like(up_f)
-        if ff.gate_fd is None
-        else up_f.clamp_min(1e-4 * float(up_f.mean()) + 1e-30) / tokens,
     )
 
 
@@ -138,64 +124,10 @@ def fill_keys(keys: ProductKeys, fit: RouterFit, neuron_n: Tensor, weight_hn: Te
     if keys.query_proj is None:
         keys.sub_keys.data.copy_(key_hmd)
         bias_hm = at_mean_hm - key_hmd @ fit.mean_d
-    elif keys.share_query:
-        bias_hm = at_mean_hm - _low_rank(keys, fit, key_hmd) @ fit.mean_d
     else:
         bias_hm = _project_queries(keys, fit, key_hmd, at_mean_hm)
     if keys.sub_key_bias is not None:
         keys.sub_key_bias.data.copy_(bias_hm if len(keys.sub_keys) == heads else bias_hm.mean(0, keepdim=True))
-
-
-def fill_estimates(keys: ProductKeys, ff: FeedForward, fit: RouterFit, neuron_n: Tensor) -> None:
-    """Set query and keys to the best estimate of the activated projections at the query's rank, in place.
-
-    Errors count as much as the neuron's other factor and output vector make of them.
-    """
-    assert keys.sub_key_bias is not None
-    assert keys.log_scale is not None
-    assert keys.deviation is not None
-    table_fd, bias_f = (ff.u_fd, ff.u_bias_f) if ff.gate_fd is None else (ff.gate_fd, ff.gate_bias_f)
-    target_nd, scale_n = table_fd[neuron_n], fit.up_f[neuron_n] * ff.v_fd[neuron_n].norm(dim=1)
-    target_md = F.pad(target_nd, (0, 0, 1, 0))  # the one row key adds nothing
-    key_hmd = _low_rank(keys, fit, target_md[None], F.pad(scale_n, (1, 0)))
-    bias_m = (target_md - key_hmd[0]) @ fit.mean_d
-    keys.sub_key_bias.data.copy_(bias_m if bias_f is None else bias_m + F.pad(bias_f[neuron_n], (1, 0)))
-    keys.log_scale.data.copy_(scale_n.clamp_min(1e-30).log())
-    left_n = (target_nd @ fit.factor_dd).square().sum(1) - keys.sub_keys.data[0, 1:].square().sum(1)
-    keys.deviation.data.copy_(left_n.clamp_min(1e-12).sqrt())
-
-
-def _low_rank(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor, weight_m: Tensor | None = None) -> Tensor:
-    """One query for all sub-keys, by truncated SVD of the scores over the data; returns the keys it stands for.
-
-    Args:
-        weight_m: what errors of each sub-key count; None: all the same.
-    """
-    assert keys.query_proj is not None
-    whitened_hmd = key_hmd @ fit.factor_dd
-    flat_md = whitened_hmd.flatten(0, 1) if weight_m is None else whitened_hmd[0] * weight_m[:, None]
-    # The right singular vectors, from the d x d Gram matrix: there may be many more sub-keys than d.
-    vector_rd = torch.linalg.eigh(flat_md.T @ flat_md).eigenvectors.T.flip(0)[: keys.query_proj.out_features]
-    query_rd = torch.linalg.solve_triangular(fit.factor_dd, vector_rd, upper=False, left=False)
-    key_hmr = whitened_hmd @ vector_rd.T
-    keys.query_proj.weight.data.copy_(query_rd)
-    keys.sub_keys.data.copy_(key_hmr)
-    return key_hmr @ query_rd
-
-
-def truncate(keys: ProductKeys, fit: RouterFit, rank: int) -> int:
-    """Shorten a fitted low-rank query, whose coordinates are the most important first; returns its new length."""
-    query, dropped = keys.query_proj, slice(rank, None)
-    assert query is not None
-    if keys.sub_key_bias is not None:  # takes over the score of the mean input
-        keys.sub_key_bias.data += keys.sub_keys.data[..., dropped] @ (query.weight.data[dropped] @ fit.mean_d)
-    if keys.deviation is not None:
-        lost_n = keys.sub_keys.data[0, 1:, dropped].square().sum(1)
-        keys.deviation.data = (keys.deviation.data.square() + lost_n).sqrt()
-    keys.sub_keys = nn.Parameter(keys.sub_keys.data[..., :rank].clone())
-    query.weight = nn.Parameter(query.weight.data[:rank].clone())
-    query.out_features = len(query.weight)
-    return query.out_features
 
 
 def _project_queries(keys: ProductKeys, fit: RouterFit, key_hmd: Tensor, at_mean_hm: Tensor) -> Tensor:

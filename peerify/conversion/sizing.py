@@ -14,18 +14,9 @@ from peerify.errors import ConversionError
 # Multiply-adds of queries and sub-keys as a share of those of the experts they retrieve: retrieval stays cheap. Whole
 # experts round the compute that is really spent down, and a quarter shall not be passed.
 ROUTER_SHARE = 0.245
-# A low-rank query of at least d_model over this: with keys of their own for all experts (a grid of one row), it
-# retrieves better than product keys of as many multiply-adds. More experts leave less rank, and product keys win.
-LEAST_RANK = 16
 # Cells of one head's grid: with fewer, a + b sub-keys are hardly fewer than the a * b experts they stand for.
 SMALLEST_GRID = 48
 MOST_SPARE = 15  # spare cells for each expert: they take memory like experts
-# Candidates per expert of the active share, by the number of projections. At equal compute, more candidates mean
-# fewer experts evaluated in full; the calibration data decide for each layer, the first is where they start.
-CANDIDATES = {3: (1.28, 1.12, 1.5), 2: (1.2, 1.1, 4 / 3)}
-# Candidates above this share of the experts: then all of them. Scores that only help to re-rank need less rank.
-NEARLY_ALL, RERANK_RANK = 0.9, 1 / 4  # of d_model
-SHORTLIST = (1.3, 1.15, 1.5)  # shortlisted gated experts for each that is added up, likewise
 
 
 def plan_layer(
@@ -39,11 +30,8 @@ def plan_layer(
     expert_bias: bool = False,
     gate_bias: bool = False,
     output_bias: bool = False,
-    learned: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments of `PEER` for one dense layer; `learned`: its activation function has parameters.
-
-    `rerank` stays "auto" where the data decide between "gate" and "up".
+    """Keyword arguments of `PEER` for one dense layer.
 
     Raises:
         ConversionError: `config` asks for something that this layer has no room for.
@@ -57,54 +45,31 @@ def plan_layer(
     gates = config.gates or "unit"
     share_pool = bool(config.share_pool)
     joint_topk = not share_pool if config.joint_topk is None else config.joint_topk
-    rerank = None if config.rerank == "none" or gates == "softmax" else config.rerank
-    if rerank == "gate" and not gated:
-        raise ConversionError(f"{path}: rerank 'gate' needs gated experts, and these are plain: use up or auto")
 
     compute = _compute(config, path, d_ff, num_shared, vectors)
-    key_budget = ROUTER_SHARE * (_compute_of_counts(config, vectors) if compute is None else compute)
-    rank = int(key_budget * d_model / (d_model + routed + 1))
-    given = (config.num_heads, config.grid, config.query_dim, config.query_norm)
-    low_rank = rank * LEAST_RANK >= d_model and not share_pool and not any(given) and config.share_query is not False
-    estimate = low_rank and gates == "unit" and rerank != "gate" and not learned and config.estimate is not False
-    if config.estimate and not estimate:
-        raise ConversionError(
-            f"{path}: estimate is for unit gates, a low-rank query with a key for each expert, and re-ranking by up, "
-            "and here that does not hold: leave estimate out"
-        )
-    if estimate and rerank == "auto":
-        rerank = "up"  # the factor that scores do not estimate
-    num_heads, grid = (1, (1, routed)) if low_rank else _grid(config, path, routed, share_pool, key_budget)
-    query_dim = min(rank, d_model) if low_rank else config.query_dim
+    spent = vectors * (config.num_heads or 8) * (config.topk or 1) if compute is None else compute
+    num_heads, grid = _grid(config, path, routed, share_pool, ROUTER_SHARE * spent)
+    query_dim = config.query_dim
     if query_dim is None and (config.share_keys or config.query_norm):
         query_dim = 64 if d_model <= 1024 else 128  # per head; the paper's shared keys need queries of their own
     keys = {"d_model": d_model, "num_heads": num_heads, "grid": list(grid), "share_keys": bool(config.share_keys)}
-    keys |= {"query_dim": query_dim, "share_query": low_rank or bool(config.share_query)}
+    keys["query_dim"] = query_dim
     if compute is not None and config.active != 1:
         compute = _left(config, path, d_ff, num_shared, vectors, router_cost(keys))
 
-    topk, shortlist, candidates = config.topk, config.shortlist, config.candidates
+    topk = config.topk
     if compute is not None:
-        share = (CANDIDATES[vectors][0], SHORTLIST[0]) if rerank else None
-        topk, shortlist, candidates = _split(compute, routed, num_heads, share, vectors)
+        whole = compute >= vectors * routed
+        topk = math.ceil(routed / num_heads) if whole else max(1, int(compute / vectors / num_heads))
     assert topk is not None
-    shortlist = shortlist or topk
-    candidates = candidates or shortlist
-    if shortlist > topk and not gated:
-        raise ConversionError(f"{path}: shortlist {shortlist} needs gated experts, and these are plain: leave it out")
     cells = routed if share_pool else math.ceil(routed / num_heads)
-    if config.topk is not None and num_heads * candidates > routed * (num_heads if share_pool else 1):
+    if config.topk is not None and num_heads * topk > routed * (num_heads if share_pool else 1):
         raise ConversionError(
-            f"{path}: {num_heads} heads x {candidates} retrieved each is above its {routed} experts: "
-            "lower num_heads, topk or candidates"
+            f"{path}: {num_heads} heads x {topk} retrieved each is above its {routed} experts: lower num_heads or topk"
         )
-    if candidates == topk:
-        rerank = None
     return keys | {
         "num_experts": num_experts,
         "topk": min(topk, cells) if not joint_topk else topk,
-        "shortlist": min(shortlist, cells) if not joint_topk else shortlist,
-        "candidates": min(candidates, cells) if not joint_topk else candidates,
         "activation": activation,
         "gated": gated,
         "expert_bias": expert_bias,
@@ -116,8 +81,6 @@ def plan_layer(
         "gates": gates,
         "query_norm": bool(config.query_norm),
         "key_bias": not config.query_norm,  # a batch norm has a bias of its own
-        "estimate": estimate,
-        "rerank": rerank,
         "d_ff": d_ff,
     }
 
@@ -168,64 +131,11 @@ def router_cost(keys: Mapping[str, Any]) -> float:
     """Numbers of queries and sub-keys, per d_model.
 
     Args:
-        keys: "d_model", "grid", "num_heads", "share_keys", "query_dim" and "share_query" of a layer.
+        keys: "d_model", "grid", "num_heads", "share_keys" and "query_dim" of a layer.
     """
     d_model, dim, heads = keys["d_model"], keys["query_dim"], keys["num_heads"]
-    query = 0 if dim is None else d_model * dim * (1 if keys["share_query"] else heads)
-    key_dim = d_model if dim is None else dim if keys["share_query"] else dim // 2
+    query, key_dim = (0, d_model) if dim is None else (d_model * dim * heads, dim // 2)
     return (query + (1 if keys["share_keys"] else heads) * sum(keys["grid"]) * key_dim) / d_model  # type: ignore[no-any-return]
-
-
-def _compute_of_counts(config: PeerConfig, vectors: int) -> int:
-    """Likewise, of the numbers of candidates, shortlisted and kept experts that `config` gives."""
-    shortlisted = config.shortlist or config.topk or 0
-    per_head = (config.candidates or 0) + shortlisted * (vectors - 2) + (config.topk or 0) or 1
-    return (config.num_heads or 8) * per_head
-
-
-def splits(config: PeerConfig, plan: dict[str, Any]) -> list[list[tuple[int, int, int]]]:
-    """The (topk, shortlist, candidates) per head of equal compute that the calibration data may choose from.
-
-    First those that differ in candidates, the plan's own at their head; then, for each of them, those that differ in
-    what is shortlisted of them.
-    """
-    if config.active is None or plan["rerank"] is None:
-        return [[(plan["topk"], plan["shortlist"], plan["candidates"])]]
-    vectors = 3 if plan["gated"] else 2
-    router = 0.0 if config.active == 1 else router_cost(plan)
-    compute = config.active * vectors * plan["d_ff"] - vectors * plan["num_shared"] - router
-    routed = plan["num_experts"] - plan["num_shared"]
-    found = [
-        dict.fromkeys(_split(compute, routed, plan["num_heads"], (share, ratio), vectors) for ratio in SHORTLIST)
-        for share in CANDIDATES[vectors]
-    ]
-    return [list(options) for options in found]
-
-
-def _split(
-    compute: float, routed: int, num_heads: int, shares: tuple[float, float] | None, vectors: int
-) -> tuple[int, int, int]:
-    """topk, shortlist and candidates per head that spend at most `compute`, and all of it where there are experts
-    enough.
-
-    `shares` are those of candidates, per expert that `compute` pays for, and of the shortlist, per expert added up;
-    None: without re-ranking.
-    """
-    everything = math.ceil(routed / num_heads)
-    if compute >= vectors * routed:
-        return everything, everything, everything
-    if shares is None:
-        topk = max(1, int(compute / vectors / num_heads))
-        return topk, topk, topk
-    wanted = min(routed, shares[0] * compute / vectors)
-    candidates = everything if wanted > NEARLY_ALL * routed else round(wanted / num_heads)
-    candidates = max(1, min(candidates, int(compute / num_heads) - (vectors - 1)))  # leaves room for a topk of 1
-    left = (compute - min(num_heads * candidates, routed)) / num_heads  # for all that comes after probing
-    if vectors == 2:
-        shortlist = topk = max(1, min(int(left), candidates))
-        return topk, shortlist, candidates
-    shortlist = max(1, min(round(left * shares[1] / (1 + shares[1])), int(left) - 1, candidates))
-    return max(1, min(int(left - shortlist), shortlist)), shortlist, candidates
 
 
 def _grid(

@@ -31,9 +31,22 @@ PREFILL = ("all", "budget")
 
 
 def make_layer(options: dict[str, Any]) -> PEER | ElasticPEER:
-    """A layer of what config.json says of it."""
+    """A layer of what config.json says of it.
+
+    Raises:
+        ValueError: it says something that layers no longer have.
+    """
     options = dict(options)
-    return ElasticPEER(**options) if options.pop("kind", "product") == "elastic" else PEER(**options)
+    if options.pop("kind", "product") == "elastic":
+        return ElasticPEER(**options)
+    # Product keys had more options once. A layer that made no use of them is what it would be today.
+    gone = {name: options.pop(name, None) for name in ("rerank", "share_query", "estimate", "shortlist", "candidates")}
+    if gone["rerank"] or gone["share_query"] or gone["estimate"]:
+        raise ValueError(
+            "the model was converted by an older version of peerify with re-ranking or low-rank keys, which this one "
+            "has not: convert it again, or load it with trust_remote_code=True, by the code beside its weights"
+        )
+    return PEER(**options)
 
 
 class _Removed(nn.Identity):

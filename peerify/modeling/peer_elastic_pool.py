@@ -88,7 +88,7 @@ class ElasticPool(ExpertPool):
     """
 
     def __init__(self, d_model: int, num_experts: int, *, bits: int, group: int, **form: Any) -> None:
-        super().__init__(d_model, num_experts, num_shared=0, rerank=None, **form)
+        super().__init__(d_model, num_experts, num_shared=0, **form)
         self.bits, self.group, self.activation = bits, group, form["activation"]
         self.input_rms = nn.Parameter(torch.empty(d_model), requires_grad=False)
         init.ones_(self.input_rms)

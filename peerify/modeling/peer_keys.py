@@ -1,7 +1,8 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
 """Product-key retrieval: which experts of a PEER layer a token's query finds.
 
-Shape suffixes: t tokens, d d_model, n experts, h heads, a grid rows, b grid columns, m rows + columns, c candidates.
+Shape suffixes: t tokens, d d_model, n experts, h heads, a grid rows, b grid columns, m rows + columns,
+c cells that may be retrieved, k retrieved experts.
 """
 
 from __future__ import annotations
@@ -13,14 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from .peer_selection import cell_scores, topk_indices
-
-
-def activation_module(name: str) -> nn.Module:
-    """An activation function by transformers' name for it, or "linear"."""
-    return nn.Identity() if name == "linear" else ACT2FN[name]
 
 
 class ProductKeys(nn.Module):
@@ -29,15 +24,8 @@ class ProductKeys(nn.Module):
     Heads that share the pool (the paper) all search the same `grid`; otherwise head h owns the experts
     h*a*b ... (h+1)*a*b - 1. The last grid may have spare cells at its end, which are never retrieved.
 
-    The query is one of three:
-        x itself (`query_dim=None`), with sub-keys of d_model;
-        a projection of x for each head, whose halves are compared with row and column keys (the paper);
-        one low-rank projection of x that is compared with all sub-keys of all heads (`share_query`).
-    In a grid of one row each column is a plain key: every expert has a key of its own.
-
-    With `estimate`, the product of key i and query estimates z_i, the projection that expert i's activation function is
-    applied to (gate_i . x, or u_i . x for plain experts). The score is the logarithm of the expected size of the
-    activation, log_scale_i + log sqrt(E act(z_i + e_i)^2), where e_i ~ N(0, deviation_i^2) is the estimate's error.
+    The query is x itself (`query_dim=None`), with sub-keys of d_model, or a projection of x for each head, whose halves
+    are compared with row and column keys (the paper).
     """
 
     def __init__(
@@ -52,12 +40,10 @@ class ProductKeys(nn.Module):
         query_dim: int | None,
         query_norm: bool,
         key_bias: bool,
-        share_query: bool = False,
-        estimate: str | None = None,
     ) -> None:
         super().__init__()
         self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
-        self.share_pool, self.share_query = share_pool, share_query
+        self.share_pool = share_pool
         rows, columns = self.grid
         spare = (1 if share_pool else num_heads) * rows * columns - num_keys
         if not 0 <= spare < rows * columns:
@@ -67,32 +53,22 @@ class ProductKeys(nn.Module):
             )
         # Cells fill row by row, so only the last grid has rows that are empty or partly filled.
         self.full_rows, self.tail = divmod(rows * columns - spare, columns)
-        if share_keys and num_heads > 1 and (query_dim is None or share_query):
-            raise ValueError("share_keys needs a query of its own for each head: give query_dim, not share_query")
+        if share_keys and num_heads > 1 and query_dim is None:
+            raise ValueError("share_keys needs a query of its own for each head: give query_dim")
         self.query_proj: nn.Linear | None = None
         self.query_norm: nn.BatchNorm1d | None = None
         key_dim = d_model
         if query_dim is not None:
-            if query_dim % 2 and not share_query:
+            if query_dim % 2:
                 raise ValueError(f"query_dim {query_dim} must be even: its halves meet row and column keys")
-            queries = query_dim * (1 if share_query else num_heads)
-            self.query_proj = nn.Linear(d_model, queries, bias=False)
-            key_dim = query_dim if share_query else query_dim // 2
-            self.query_norm = nn.BatchNorm1d(queries) if query_norm else None
-        elif query_norm or share_query:
-            raise ValueError("query_norm and share_query are for projected queries: give query_dim as well")
+            self.query_proj = nn.Linear(d_model, query_dim * num_heads, bias=False)
+            key_dim = query_dim // 2
+            self.query_norm = nn.BatchNorm1d(query_dim * num_heads) if query_norm else None
+        elif query_norm:
+            raise ValueError("query_norm is for projected queries: give query_dim as well")
         key_heads = 1 if share_keys else num_heads
         self.sub_keys = nn.Parameter(torch.empty(key_heads, rows + columns, key_dim))
         self.sub_key_bias = nn.Parameter(torch.empty(key_heads, rows + columns)) if key_bias else None
-        self.act: nn.Module | None = None
-        self.log_scale: nn.Parameter | None = None
-        self.deviation: nn.Parameter | None = None
-        if estimate is not None:
-            if rows != 1 or num_heads != 1 or not share_query:
-                raise ValueError("estimate needs a key for each expert: a grid of one row, one head and share_query")
-            self.act = activation_module(estimate)
-            self.log_scale = nn.Parameter(torch.empty(num_keys))
-            self.deviation = nn.Parameter(torch.empty(num_keys), requires_grad=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,28 +79,11 @@ class ProductKeys(nn.Module):
         init.normal_(self.sub_keys, std=self.sub_keys.shape[-1] ** -0.5)
         if self.sub_key_bias is not None:
             init.zeros_(self.sub_key_bias)
-        if self.log_scale is not None:
-            init.zeros_(self.log_scale)
-        if self.deviation is not None:
-            init.ones_(self.deviation)
 
     def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
         row_tha, column_thb = self.products(x_td).split(self.grid, dim=-1)
-        return row_tha, column_thb if self.act is None else self._log_size(column_thb)
-
-    def _log_size(self, z_tn: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the size that experts of the estimated projections `z_tn` are likely to have."""
-        assert self.act is not None
-        assert self.log_scale is not None
-        assert self.deviation is not None
-        # The expectation by Gauss-Hermite quadrature of three nodes, exact for polynomials of degree 5; in place, since
-        # memory is what this costs.
-        step_n = 3**0.5 * self.deviation.to(z_tn.dtype)
-        low_tn, middle_tn, high_tn = self.act(z_tn - step_n), self.act(z_tn), self.act(z_tn + step_n)
-        square_tn = (low_tn * low_tn).addcmul_(high_tn, high_tn).addcmul_(middle_tn, middle_tn, value=4)
-        offset_n = self.log_scale.to(z_tn.dtype) - math.log(6) / 2
-        return square_tn.clamp_min(1e-20).log().mul_(0.5).add_(offset_n)
+        return row_tha, column_thb
 
     def products(self, x_td: torch.Tensor) -> torch.Tensor:
         """Sub-keys times queries, with biases: (t, h, m)."""
@@ -137,7 +96,7 @@ class ProductKeys(nn.Module):
                 query = F.batch_norm(query, norm.running_mean, norm.running_var, norm.weight, norm.bias)
             else:
                 query = self.query_norm(query)
-        if self.query_proj is None or self.share_query:
+        if self.query_proj is None:
             score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, len(self.sub_keys), sum(self.grid))
         else:
             half_th2r = query.view(tokens, heads, 2, self.sub_keys.shape[-1])
@@ -215,15 +174,12 @@ class ProductKeys(nn.Module):
 class Retrieved(NamedTuple):
     """What product keys found for each token."""
 
-    index_tc: torch.Tensor
-    """Candidates."""
-    weight_tc: torch.Tensor
-    """Their gate values; 0 leaves a candidate out."""
-    score_tc: torch.Tensor | None
-    """Their scores; None where several heads search one pool, so that an expert may have several."""
+    index_tk: torch.Tensor
+    """Experts, those of all heads."""
+    weight_tk: torch.Tensor
+    """Their gate values; 0 leaves an expert out."""
 
     def split(self, tokens: int) -> list[Retrieved]:
         """The same for so many tokens at a time."""
-        index, weight = self.index_tc.split(tokens), self.weight_tc.split(tokens)
-        score = [None] * len(index) if self.score_tc is None else self.score_tc.split(tokens)
-        return [Retrieved(*part) for part in zip(index, weight, score, strict=True)]
+        parts = zip(self.index_tk.split(tokens), self.weight_tk.split(tokens), strict=True)
+        return [Retrieved(*part) for part in parts]

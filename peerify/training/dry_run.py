@@ -96,13 +96,10 @@ def _elastic(site: Site, config: PeerConfig) -> ElasticPEER:
 
 
 def _product(site: Site, config: PeerConfig) -> PEER:
-    options = plan_layer(
+    return PEER(**plan_layer(
         config, path=site.path, d_model=site.d_model, d_ff=site.d_ff, gated=site.kind == "gated",
         activation=site.activation,
-    )  # fmt: skip
-    if options["rerank"] == "auto":
-        options["rerank"] = "up"
-    return PEER(**options)
+    ))  # fmt: skip
 
 
 def _put(model: nn.Module, path: str, layer: PEER | ElasticPEER) -> None:

@@ -17,7 +17,6 @@ PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate
 # Bytes of optimizer state per trainable parameter.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 4.0, "galore": 8.0}
 NORM_NUMBERS = 8  # float32 numbers a token leaves in a block's two norms and residual sums, in units of d_model
-SCORE_NUMBERS = 13  # numbers that an expert's score leaves for each token that teaches the router
 
 
 def memory_of(
@@ -96,5 +95,9 @@ def _peer_numbers(layer: PEER, stage: StageConfig) -> int:
     # Of each expert: its projections, the activated one, their product, its weight, and the weighted activation.
     numbers = (4 if layer.pool.gate is None else 6) * layer.num_experts + layer.d_model
     if layer.gates == "unit" and layer.needs_routing and stage.optimizer.router_scale > 0:
-        numbers += SCORE_NUMBERS * (layer.num_experts - layer.num_shared) // stage.router_every
+        # Of each token that teaches the router its queries, and each expert's score; where heads search one pool, the
+        # scores of all heads and the largest.
+        scores = layer.num_heads + 1 if layer.share_pool and layer.num_heads > 1 else 1
+        queries = 0 if layer.keys.query_proj is None else layer.keys.query_proj.out_features
+        numbers += (scores * (layer.num_experts - layer.num_shared) + queries) // stage.router_every
     return numbers

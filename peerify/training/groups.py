@@ -91,11 +91,8 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
         trains = group in (EXPERTS, ROUTER) or stage.train in ("full", "lisa") or ".lora_" in name
         if group == ROUTER and stage.optimizer.router_scale == 0:
             trains = False
-        measured = ".rerank_" in name or name.endswith(".input_rms")  # never reached by a gradient
-        if group == EXPERTS and (stage.optimizer.experts_scale == 0 or measured):
-            trains = False
-        if group == ROUTER and name.endswith(".deviation"):
-            trains = False  # measured, not learned
+        if group == EXPERTS and (stage.optimizer.experts_scale == 0 or name.endswith(".input_rms")):
+            trains = False  # no gradient ever reaches what was measured
         parameter.requires_grad_(trains)
     return model
 

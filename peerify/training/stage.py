@@ -222,8 +222,7 @@ class Stage:
     @torch.no_grad()
     def _balance(self) -> None:
         for path, step_hm in self.router.load_steps().items():
-            keys = self.router.layers[path].keys
-            bias = keys.sub_key_bias if keys.act is None else keys.log_scale
+            bias = self.router.layers[path].keys.sub_key_bias
             step_hm = self.run.accelerator.reduce(step_hm, "mean")
             whole = bias.full_tensor() if isinstance(bias, state.DTensor) else bias
             state.assign(bias, whole + self.config.balance_rate * step_hm.sign() * step_hm.abs().amax(-1, keepdim=True))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerify.modeling.peer_selection import cell_scores, select
+from peerify.modeling.peer_selection import cell_scores, kept
 from peerify.modules import peer_layers
 
 AT_ONCE = 256  # tokens
@@ -27,9 +27,9 @@ AT_ONCE = 256  # tokens
 class _Weighted(torch.autograd.Function):
     """Activations times weights of 0 and 1, with a gradient to the scores.
 
-    Backward, a routed expert's weight is kept * sigmoid((score - level) / width), where `kept` is 1 for experts that
-    re-ranking would keep. Scores are given for the tokens `taught` only; their gradient is scaled up to stand for all.
-    The sigmoid is evaluated in the backward pass, so a forward pass costs no more than without a gradient.
+    Backward, a routed expert's weight is sigmoid((score - level) / width). Scores are given for the tokens `taught`
+    only; their gradient is scaled up to stand for all. The sigmoid is evaluated in the backward pass, so a forward pass
+    costs no more than without a gradient.
     """
 
     @staticmethod
@@ -40,34 +40,30 @@ class _Weighted(torch.autograd.Function):
         score_sn: Tensor,
         level: Tensor,
         width: Tensor,
-        kept_sn: Tensor,
         taught: slice,
     ) -> Tensor:
-        ctx.save_for_backward(a_tn, weight_tn, score_sn, level, width, kept_sn)
+        ctx.save_for_backward(a_tn, weight_tn, score_sn, level, width)
         ctx.taught = taught
         return a_tn * weight_tn
 
     @staticmethod
     def backward(ctx: Any, slope_tn: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a_tn, weight_tn, score_sn, level, width, kept_sn = ctx.saved_tensors
+        a_tn, weight_tn, score_sn, level, width = ctx.saved_tensors
         step_sn = (score_sn - level).div_(width).sigmoid_()
         step_sn.addcmul_(step_sn, step_sn, value=-1)  # the sigmoid's slope; in place, since memory is what this costs
         gain_sn = (slope_tn[ctx.taught] * a_tn[ctx.taught])[:, -score_sn.shape[1] :]  # shared experts come first
-        step_sn.mul_(gain_sn).mul_(kept_sn).div_(width / ctx.taught.step)
-        return slope_tn * weight_tn, None, step_sn, None, None, None, None
+        step_sn.mul_(gain_sn).div_(width / ctx.taught.step)
+        return slope_tn * weight_tn, None, step_sn, None, None, None
 
 
-def _selected(
-    layer: Any, x_td: Tensor, score_thn: Tensor | None, u_tn: Tensor, gate_tn: Tensor | None, a_tn: Tensor
-) -> tuple[Tensor, ...]:
-    """`select`, with scores made here unless given; on a CPU for few tokens at once, which fit its cache."""
+def _kept(layer: Any, x_td: Tensor, score_thn: Tensor | None) -> tuple[Tensor, ...]:
+    """`kept`, with scores made here unless given; on a CPU for few tokens at once, which fit its cache."""
     parts = []
     size = AT_ONCE if x_td.device.type == "cpu" else max(1, len(x_td))
     for start in range(0, max(1, len(x_td)), size):
         part = slice(start, start + size)
         score = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[part])) if score_thn is None else score_thn[part]
-        gate = None if gate_tn is None else gate_tn[part]
-        parts.append(select(layer, score, u_tn[part], gate, a_tn[part]))
+        parts.append(kept(layer, score))
     return tuple(torch.cat(masks) for masks in zip(*parts, strict=True))
 
 
@@ -76,7 +72,6 @@ def _weighted(
     weight_tn: Tensor,
     score_shn: Tensor,
     level: Tensor,
-    kept_sn: Tensor,
     temperature: float,
     taught: slice,
 ) -> Tensor:
@@ -89,7 +84,7 @@ def _weighted(
     centred_shn = given_shn - given_shn.mean(-1, keepdim=True)  # by hand: `std` takes ten times as long
     deviation_sh = centred_shn.norm(dim=-1) / max(1, centred_shn.shape[-1] - 1) ** 0.5
     width_s1 = temperature * deviation_sh.mean(1, keepdim=True).clamp_min(1e-12)
-    return _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, kept_sn, taught)  # type: ignore[no-any-return]
+    return _Weighted.apply(a_tn, weight_tn, margin_sn, level, width_s1, taught)  # type: ignore[no-any-return]
 
 
 class StraightThrough:
@@ -149,7 +144,7 @@ class StraightThrough:
                 with torch.set_grad_enabled(self.with_losses):
                     found = layer.retrieve(x_td)
                     self._record(
-                        path, layer, layer.keys.sub_scores(x_td), found.index_tc - layer.num_shared, found.weight_tc
+                        path, layer, layer.keys.sub_scores(x_td), found.index_tk - layer.num_shared, found.weight_tk
                     )
             return original(hidden_states)  # type: ignore[no-any-return]
 
@@ -158,9 +153,7 @@ class StraightThrough:
     def _soft_forward(self, path: str, layer: Any, x_td: Tensor) -> Tensor:
         """What the layer computes for x_td, with a gradient to the scores that chose the experts."""
         pool, shared, temperature = layer.pool, layer.num_shared, self.temperature
-        u_tn, gate_tn, a_tn = pool.products(x_td)
-        if layer.candidates >= layer.num_experts - shared:
-            temperature = None  # all are candidates, whatever their scores
+        a_tn = pool.products(x_td)[2]
         # Running statistics of a query norm are of all tokens, and taken once.
         every = 1 if temperature is None or layer.keys.query_norm is not None else self.every
         scores = score_thn = None
@@ -170,10 +163,10 @@ class StraightThrough:
                 scores = layer.keys.sub_scores(x_td)
                 score_thn = cell_scores(layer.keys, *scores)
         with torch.no_grad():
-            level, found_tn, kept_tn = _selected(layer, x_td, score_thn, u_tn, gate_tn, a_tn)
+            level, kept_tn = _kept(layer, x_td, score_thn)
             if scores is not None and self.recording:
-                self._record(path, layer, scores, None, found_tn)
-            weight_tn = (found_tn * kept_tn).to(u_tn.dtype)
+                self._record(path, layer, scores, None, kept_tn)
+            weight_tn = kept_tn.to(a_tn.dtype)
             if shared:
                 weight_tn = torch.cat([weight_tn.new_ones(len(x_td), shared), weight_tn], dim=1)
         if temperature is None:
@@ -183,25 +176,25 @@ class StraightThrough:
             score_shn = score_thn
             if score_shn is None or every > 1:
                 score_shn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[taught]))
-            a_tn = _weighted(a_tn, weight_tn, score_shn, level[taught], kept_tn[taught], temperature, taught)
+            a_tn = _weighted(a_tn, weight_tn, score_shn, level[taught], temperature, taught)
         y_td = a_tn @ pool.v
         return y_td if layer.bias is None else y_td + layer.bias
 
     def _record(
-        self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tc: Tensor | None, weight: Tensor
+        self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tk: Tensor | None, weight: Tensor
     ) -> None:
         row_tha, column_thb = scores
         cells = layer.keys.num_keys
         with torch.no_grad():
-            if index_tc is None:
+            if index_tk is None:
                 count_n = (weight > 0).sum(0).float()
                 gate = weight.new_ones(())
             else:
-                used_tc = weight > 0
+                used_tk = weight > 0
                 count_n = torch.zeros(cells, device=weight.device).index_add(
-                    0, index_tc.clamp(0, cells - 1).flatten(), used_tc.float().flatten()
+                    0, index_tk.clamp(0, cells - 1).flatten(), used_tk.float().flatten()
                 )
-                gate = weight.sum() / used_tc.sum().clamp_min(1)
+                gate = weight.sum() / used_tk.sum().clamp_min(1)
         self._seen[path] = _Seen(row_tha, column_thb, count_n, gate)
 
     def losses(self) -> tuple[Tensor, Tensor]:
@@ -230,8 +223,7 @@ class StraightThrough:
 
     @torch.no_grad()
     def load_steps(self) -> dict[str, Tensor]:
-        """Path -> direction, -1 to 1, in which each sub-key's bias should move to even out retrieval: (h, m); of keys
-        that estimate sizes, these: (n,).
+        """Path -> direction, -1 to 1, in which each sub-key's bias should move to even out retrieval: (h, m).
 
         Auxiliary-loss-free balancing, 2408.15664, eq. 3, on rows and columns, in spreads of the scores.
         """
@@ -241,9 +233,6 @@ class StraightThrough:
             parts = []
             for score, share in zip((seen.row_tha, seen.column_thb), self._shares(path), strict=True):
                 parts.append((1 / score.shape[-1] - share).sign() * score.std())
-            if keys.act is not None:
-                steps[path] = parts[1].flatten()
-                continue
             step_hm = torch.cat(parts, dim=-1)
             steps[path] = step_hm if len(step_hm) == len(keys.sub_keys) else step_hm.expand(len(keys.sub_keys), -1)
         return steps

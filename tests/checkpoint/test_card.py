@@ -159,7 +159,7 @@ def test_the_card_of_product_keys_and_of_nothing_to_choose(folder: Path) -> None
     values, config = record(folder), json.loads((folder / "config.json").read_text())
     shape: dict[str, Any] = {"path": "x", "d_model": 16, "d_ff": 24, "gated": True, "activation": "silu"}
     layer = plan_layer(PeerConfig(active=0.75, keys="product"), **shape)
-    grid = {"share_query": False, "grid": [4, 6], "num_heads": 1, "topk": 24, "num_shared": 0}
+    grid = {"grid": [4, 6], "num_heads": 1, "topk": 24, "num_shared": 0}
     paths = list(config["peer"]["layers"])
 
     def text_with(layers: list[dict[str, Any]]) -> str:
@@ -169,11 +169,11 @@ def test_the_card_of_product_keys_and_of_nothing_to_choose(folder: Path) -> None
         write_card(folder)
         return (folder / "README.md").read_text()
 
-    assert layer["share_query"]
     text = text_with([layer, *[layer | grid] * (len(paths) - 1)])
     added = layer["num_heads"] * layer["topk"]
-    assert f"| `{paths[0]}` | 24 | a key each, rank {layer['query_dim']} | {added} of " in text
-    assert f"| `{paths[1]}` | 24 | product keys, 1 × (4 × 6) | 24 of " in text
+    keys = f"product keys, {layer['num_heads']} × ({layer['grid'][0]} × {layer['grid'][1]})"
+    assert f"| `{paths[0]}` | 24 | {keys} | {added} | " in text
+    assert f"| `{paths[1]}` | 24 | product keys, 1 × (4 × 6) | 24 | " in text
     refined = "fitted in closed form and refined by gradient together with the experts, a layer at a time"
     assert f"{refined}, the experts' output vectors refitted to what it retrieves, on 256 tokens of text.txt." in text
     assert "set_active" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from peerify.checkpoint.load import load_dense, load_for_eval, load_skeleton
 from peerify.errors import CheckpointError
-from peerify.modeling.modeling_peer import FORMAT
+from peerify.modeling.modeling_peer import FORMAT, make_layer
 
 
 def test_directory_loads_as_saved(dense: Path) -> None:
@@ -97,4 +98,23 @@ def test_converted_models_are_for_evaluation_only(dense: Path) -> None:
     assert type(load_for_eval(dense).model).__name__ == "PeerLlamaForCausalLM"
     edit_json(dense / "config.json", peer={"format": FORMAT - 1, "layers": {}, "identities": []})
     with pytest.raises(CheckpointError, match=r"an? .*version of peerify before 0\.1 .*: convert it again"):
+        load_for_eval(dense)
+
+
+@pytest.mark.parametrize("gone", [{"rerank": "up", "candidates": 9}, {"share_query": True}, {"estimate": True}])
+def test_options_that_layers_no_longer_have(dense: Path, gone: dict[str, Any]) -> None:
+    """A layer that made no use of them loads; any other is refused, with the remedy."""
+    shape = {"d_model": 8, "num_experts": 12, "grid": [3, 4], "num_heads": 1, "topk": 4, "num_shared": 0}
+    unused = {"candidates": 4, "shortlist": 4, "rerank": None, "share_query": False, "estimate": False}
+    old, new = make_layer(shape | unused), make_layer(shape)
+    assert repr(old) == repr(new)
+    assert old.state_dict().keys() == new.state_dict().keys()
+    config = json.loads((dense / "config.json").read_text())
+    edit_json(
+        dense / "config.json",
+        model_type="peer_" + config["model_type"],
+        architectures=["PeerLlamaForCausalLM"],
+        peer={"format": FORMAT, "layers": {"model.layers.0.mlp": shape | unused | gone}, "identities": []},
+    )
+    with pytest.raises(CheckpointError, match=r"with re-ranking or low-rank keys, .*: convert it again, or load it"):
         load_for_eval(dense)

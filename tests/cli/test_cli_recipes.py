@@ -87,12 +87,12 @@ def test_every_promoted_flag_arrives_at_its_key(here: Path, recipes: list[Any]) 
     }
     argv = [word for flag, (word, _) in values.items() for word in (flag, word) if word]
     assert run("convert", "m", "o", "--json", *argv).exit_code == 0
-    argv = ["--topk", "3", "--candidates", "4", "--calibration", "t.txt"]
+    argv = ["--topk", "3", "--calibration", "t.txt"]
     assert run("convert", "m", "o", "--json", *argv).exit_code == 0
-    assert (recipes[1].convert.topk, recipes[1].convert.candidates) == (3, 4)
+    assert recipes[1].convert.topk == 3
     assert run("convert", "m", "o", "--json", "--max-loss", "1.2", "--calibration", "t.txt").exit_code == 0
     assert recipes[2].convert.max_loss == 1.2
-    assert values.keys() | {"--topk", "--candidates", "--max-loss"} == PROMOTED.keys()
+    assert values.keys() | {"--topk", "--max-loss"} == PROMOTED.keys()
     for flag, (_, value) in values.items():
         found = recipes[0]
         for name in PROMOTED[flag].split("."):

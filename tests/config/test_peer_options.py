@@ -14,17 +14,6 @@ from peerify.modeling.peer_layer import PEER
     [
         # plain: 2 vectors of 32 neurons; 3 heads x 2 experts read u and v
         ({"num_heads": 3, "topk": 2, "query_dim": 4}, 12 / 64, (3 * 4 * 10 + 3 * (4 + 8) * 2) / (64 * 10)),
-        # one probe of 3 x 5 candidates, then the other vector of 3 x 2
-        (
-            {"num_heads": 3, "topk": 2, "candidates": 5, "rerank": "up", "gates": "unit", "query_dim": 4},
-            (15 + 6) / 64,
-            (3 * 4 * 10 + 3 * 12 * 2) / 640,
-        ),
-        (
-            {"num_heads": 1, "topk": 6, "candidates": 20, "rerank": "gate", "gates": "unit", "gated": True},
-            (20 + 2 * 6) / 96,
-            12 * 10 / 960,
-        ),
         ({"num_heads": 1, "topk": 6, "gated": True, "num_experts": 37, "num_shared": 5}, 33 / 96, 12 * 10 / 960),
         # heads with pools of their own, the last one smaller: at most all 60 experts
         (
@@ -33,30 +22,6 @@ from peerify.modeling.peer_layer import PEER
             2 * 12 / 64,
         ),
         ({"num_heads": 1, "topk": 32, "gates": "unit"}, 1.0, 0.0),
-        (
-            {"num_heads": 1, "topk": 8, "candidates": 32, "gated": True, "gates": "unit", "rerank": "up"},
-            (8 * 2 + 32) / 96,
-            12 * 10 / 960,  # all are candidates: scores have a say in which of them are kept,
-        ),
-        (
-            {"num_heads": 2, "topk": 8, "candidates": 16, "gated": True, "gates": "unit", "rerank": "up"}
-            | {"share_keys": False},
-            (16 * 2 + 32) / 96,
-            0.0,  # unless an expert has several
-        ),
-        (
-            {
-                "num_heads": 1,
-                "topk": 6,
-                "shortlist": 9,
-                "candidates": 20,
-                "rerank": "up",
-                "gates": "unit",
-                "gated": True,
-            },
-            (20 + 9 + 6) / 96,
-            12 * 10 / 960,
-        ),
         ({"num_heads": 1, "topk": 32, "gates": "softmax"}, 1.0, 12 / 64),
     ],
 )
@@ -74,15 +39,6 @@ def test_cost_by_hand(options: dict[str, Any], active: float, router: float) -> 
     [
         ({"gates": "relu"}, "gates"),
         ({"topk": 0}, "topk"),
-        ({"candidates": 1}, "candidates"),
-        ({"candidates": 3}, "rerank"),
-        ({"candidates": 3, "rerank": "up", "gates": "softmax"}, "softmax"),
-        ({"shortlist": 1}, "shortlist"),
-        ({"shortlist": 4, "candidates": 3, "rerank": "up", "gated": True}, "shortlist"),
-        ({"shortlist": 3, "gated": True}, "rerank"),
-        ({"shortlist": 3, "rerank": "up", "gates": "unit"}, "gated"),
-        ({"rerank": "gate"}, "rerank"),
-        ({"rerank": "down"}, "rerank"),
         ({"joint_topk": True}, "joint_topk"),
         ({"num_shared": 1}, None),  # one spare cell is fine
         ({"num_shared": 12}, "does not fit"),

@@ -39,7 +39,7 @@ def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
 
     overrides = [
         "convert.topk=4",
-        "convert.candidates=6",
+        "convert.num_heads=6",
         "convert.grid=[3, 5]",
         "calibration.data=[x.txt, y]",
     ]
@@ -67,9 +67,9 @@ def test_topk_on_the_command_line_replaces_active_in_the_file_and_the_other_way_
     by_share = write(tmp_path / "share.yaml", "model: a\noutput: b\nconvert: {active: 0.25}\n")
     config = Recipe.load(by_share, [], {"convert.topk": ("--topk", 3)}).convert
     assert (config.active, config.topk) == (None, 3)
-    by_count = write(tmp_path / "count.yaml", "model: a\noutput: b\nconvert: {topk: 3, candidates: 5}\n")
+    by_count = write(tmp_path / "count.yaml", "model: a\noutput: b\nconvert: {topk: 3}\n")
     config = Recipe.load(by_count, ["convert.active=0.75"]).convert
-    assert (config.active, config.topk, config.candidates) == (0.75, None, None)
+    assert (config.active, config.topk) == (0.75, None)
 
 
 def test_active_yields_to_topk_only_as_a_default() -> None:
@@ -90,7 +90,7 @@ def test_allocation_and_active_yield_to_topk_and_max_loss_only_as_defaults() -> 
 
 def test_keys_are_copies_unless_something_else_is_asked_for() -> None:
     copies = [{}, {"active": 1.0}, {"max_loss": 1.2}, {"bits": 3}, {"refit": False, "refine_steps": 0}]
-    product = [{"keys": "product"}, {"topk": 2}, {"num_shared": 0}, {"rerank": "none"}, {"preset": "peer-paper"}]
+    product = [{"keys": "product"}, {"topk": 2}, {"num_shared": 0}, {"preset": "peer-paper"}]
     for settings in [*copies, *product]:
         config = PeerConfig(**settings)  # type: ignore[arg-type]
         assert config.has_copies is (settings in copies), settings
@@ -121,15 +121,6 @@ def test_the_compute_on_the_command_line_replaces_that_of_the_file(tmp_path: Pat
         ({"active": float("nan")}, "finite"),
         ({"active": None}, "give active .* or topk"),
         ({"topk": 0}, "greater than or equal to 1"),
-        ({"candidates": 4}, "candidates needs topk"),
-        ({"topk": 5, "candidates": 4}, r"candidates \(4\) must be at least topk \(5\)"),
-        ({"topk": 4, "candidates": 5, "rerank": "none"}, "rerank cannot be none"),
-        ({"shortlist": 4}, "shortlist needs topk"),
-        ({"topk": 5, "shortlist": 4}, r"shortlist \(4\) must be at least topk \(5\)"),
-        ({"topk": 3, "shortlist": 5, "candidates": 4}, r"candidates \(4\) must be at least shortlist \(5\)"),
-        ({"topk": 4, "shortlist": 5, "rerank": "none"}, "rerank cannot be none"),
-        ({"gates": "softmax", "rerank": "up"}, "normalised over what is retrieved"),
-        ({"gates": "softmax", "topk": 4, "candidates": 5}, "normalised over what is retrieved"),
         ({"gates": "hard"}, "'unit', 'softmax' or 'sigmoid'"),
         ({"grid": (0, 4)}, "at least one row"),
         ({"grid": (3, 4), "num_experts": 13, "share_pool": True}, "no room for 13"),
@@ -139,15 +130,11 @@ def test_the_compute_on_the_command_line_replaces_that_of_the_file(tmp_path: Pat
         ({"num_shared": 5, "num_experts": 4}, r"num_shared \(5\) is above num_experts \(4\)"),
         ({"query_dim": 5}, "multiple of 2"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"preset": "peer-paper", "rerank": "gate"}, "peer-paper has rerank none, not gate"),
         ({"preset": "peer-paper", "gates": "unit"}, "peer-paper has gates softmax, not unit"),
         ({"preset": "peer-paper", "query_norm": False}, "peer-paper has query_norm True, not False"),
-        ({"preset": "peer-paper", "topk": 4, "candidates": 8}, "takes no candidates"),
-        ({"preset": "peer-paper", "topk": 4, "shortlist": 8}, "takes no candidates"),
         ({"preset": "peer"}, "'peer-paper'"),
         ({"layers": ""}, "at least 1 character"),
         ({"keys": "copies", "gates": "unit"}, "gates is for product keys: drop it, or give keys product"),
-        ({"keys": "copies", "rerank": "up"}, "rerank is for product keys"),
         ({"refit": True}, "refit and refine_steps are for product keys"),
         ({"keys": "copies", "refine_steps": 5}, "refit and refine_steps are for product keys"),
         ({"keys": "product", "bits": 3}, "bits and group are for copies"),
@@ -161,14 +148,9 @@ def test_contradictions_are_refused(settings: dict[str, object], message: str) -
 
 
 def test_the_preset_expands_to_options_that_say_the_same() -> None:
-    paper = PeerConfig(preset="peer-paper", rerank="none", num_heads=8, topk=16)
+    paper = PeerConfig(preset="peer-paper", num_heads=8, topk=16)
     expanded = paper.expanded()
-    assert (expanded.gates, expanded.share_keys, expanded.query_norm, expanded.rerank) == (
-        "softmax",
-        True,
-        True,
-        "none",
-    )
+    assert (expanded.gates, expanded.share_keys, expanded.query_norm) == ("softmax", True, True)
     assert (expanded.num_heads, expanded.topk) == (8, 16)
     assert PeerConfig(**expanded.model_dump()) == expanded, "an expanded preset is a valid configuration"
     assert PeerConfig(gates="unit").expanded() == PeerConfig(gates="unit")
@@ -189,7 +171,7 @@ def test_the_preset_expands_to_options_that_say_the_same() -> None:
         ("convert: {active: 2}", NAMES, r"r\.yaml: convert\.active: .*less than or equal to 1, not 2"),
         ("convert: {active: 2}", [*NAMES, "convert.active=3"], r"--set: convert\.active: .*not 3"),
         ("convert: 4", NAMES, r"r\.yaml: convert: .*dictionary"),
-        ("convert: {topk: 5, candidates: 4}", NAMES, r"r\.yaml: candidates \(4\) must be"),
+        ("convert: {num_shared: 5, num_experts: 4}", NAMES, r"r\.yaml: num_shared \(5\) is above"),
         ("output: b", [], r"r\.yaml: model is missing: Dense model"),
         ("- model", [], r"r\.yaml: a recipe is a mapping"),
         ("model: [a", [], r"r\.yaml, line 2: not valid YAML"),
@@ -245,8 +227,9 @@ def test_messages_name_the_place_the_key_and_the_remedy(
 def test_messages_name_the_flag() -> None:
     with pytest.raises(UsageError, match=r"^--topk: .*greater than or equal to 1, not 0$"):
         Recipe.load(None, NAMES, {"convert.topk": ("--topk", 0)})
-    with pytest.raises(UsageError, match=r"^--candidates: candidates needs topk"):
-        Recipe.load(None, NAMES, {"convert.candidates": ("--candidates", 4), "convert.active": ("--active", 0.5)})
+    with pytest.raises(UsageError, match=r"^--active: active and topk both set the compute"):
+        flags = {"convert.topk": ("--topk", 4), "convert.active": ("--active", 0.5), "convert.seed": ("--seed", 3)}
+        Recipe.load(None, NAMES, flags)
 
 
 def test_the_only_stage_need_not_be_written_down_to_be_changed(tmp_path: Path) -> None:

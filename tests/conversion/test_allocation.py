@@ -252,17 +252,6 @@ def test_convert_does_what_the_plan_says(options: dict[str, Any], keys: Any, see
     assert done.bytes_fraction == pytest.approx(mean, abs=0.05)
 
 
-def test_plan_knows_that_queries_which_only_rerank_are_short(seed: int) -> None:
-    model = FAMILIES["llama"](seed)
-    inputs = inputs_for(model, seed)
-    # Every split that may be chosen has all as candidates.
-    config = PeerConfig(active=0.95, keys="product", allocation="uniform")
-    plan = plan_conversion(model, config, [inputs])
-    done = convert(model, config, [inputs])
-    assert all(done.layers[path]["query_dim"] <= plan.layers[path]["query_dim"] for path in plan.layers)
-    assert plan.bytes_fraction == pytest.approx(done.bytes_fraction, rel=0.1)  # outliers are always on
-
-
 @pytest.mark.parametrize(
     "options",
     [

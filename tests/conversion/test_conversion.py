@@ -83,7 +83,7 @@ def test_everything_active_is_the_dense_model(family: str, keys: str, seed: int,
         ("llama", {"num_heads": 4, "topk": 14, "joint_topk": False}),
         ("llama", {"active": 1.0, "num_heads": 3}),  # 57 cells for 56 neurons
         ("llama", {"active": 1.0, "num_shared": 11}),
-        ("falcon", {"active": 1.0, "rerank": "none", "query_dim": 8, "query_norm": True}),
+        ("falcon", {"active": 1.0, "query_dim": 8, "query_norm": True}),
         # each neuron once or several times, in equal parts
         ("llama", {"num_experts": 150, "num_heads": 3, "topk": 50}),
         ("opt-square", {"num_experts": 64, "num_heads": 1, "topk": 64}),
@@ -100,7 +100,7 @@ def test_exact_through_the_router(options: dict[str, Any], seed: int) -> None:
     conversion, expected, inputs = converted("llama", seed, **options)
     for layer in conversion.model.modules():
         if isinstance(layer, PEER):
-            assert layer.retrieve(torch.zeros(1, 32)) is None
+            assert layer.weights(torch.zeros(1, 32)) is None
     with patch.object(PEER, "needs_routing", True):
         assert relative_error(logits(conversion.model, inputs), expected) <= 1e-5
 
@@ -127,9 +127,6 @@ def test_some_layers(layers: str, chosen: list[int], keys: str, seed: int, tmp_p
     "options",
     [
         {"keys": "product"},
-        {"rerank": "gate"},
-        {"rerank": "up"},
-        {"rerank": "none"},
         {"num_shared": 6},
         {"keys": "product", "refit": False},
         {"gates": "sigmoid"},
@@ -140,7 +137,7 @@ def test_some_layers(layers: str, chosen: list[int], keys: str, seed: int, tmp_p
         {"num_experts": 40},
         {"num_experts": 100},
         {"grid": (5, 12)},
-        {"grid": (5, 6), "num_heads": 2, "topk": 6, "candidates": 9},
+        {"grid": (5, 6), "num_heads": 2, "topk": 6},
         {"preset": "peer-paper", "num_heads": 2, "topk": 4},
     ],
 )
@@ -153,12 +150,6 @@ def test_every_option_makes_a_working_layer(options: dict[str, Any], seed: int, 
     assert error < 1
     scores = logits(conversion.model, inputs)
     assert scores.isfinite().all()
-    (kwargs,) = conversion.layers.values()
-    assert kwargs["rerank"] in (None, "gate", "up")
-    if options.get("rerank") in ("gate", "up"):
-        assert kwargs["rerank"] == options["rerank"]
-    if "rerank" in options and options["rerank"] == "none":
-        assert kwargs["rerank"] is None
     if "active" in options or "topk" not in options:
         assert conversion.bytes_fraction <= 0.5 + 1e-9
     assert torch.equal(logits(reloaded(conversion.model, tmp_path), inputs), scores)
@@ -236,16 +227,6 @@ def test_more_compute_means_less_error() -> None:
     assert errors[0] < 1
 
 
-def test_auto_picks_the_better_probe() -> None:
-    ff, data = layer_problem()
-    errors = {}
-    for rerank in ("gate", "up", "auto"):
-        config = PeerConfig(active=0.4, rerank=rerank, refit=False, estimate=False)
-        _, kwargs, errors[rerank] = convert_layer(ff, data, config)
-    assert kwargs["rerank"] == min(("gate", "up"), key=lambda name: errors[name])
-    assert errors["auto"] == min(errors.values())
-
-
 def test_fewer_experts_are_the_important_neurons() -> None:
     ff, data = layer_problem()
     config = PeerConfig(num_experts=60, num_heads=1, topk=60)
@@ -261,9 +242,6 @@ def test_training_on(seed: int) -> None:
     model = conversion.model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad != ("rerank_" in name), name  # what only selects has no gradient
-        if not parameter.requires_grad:
-            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert model.model.layers[0].mlp.keys.sub_keys.grad.abs().max() > 0

@@ -31,7 +31,7 @@ def keep_everything(model: nn.Module) -> None:
         if isinstance(layer, ElasticPEER):
             layer.set_active(1)
         else:
-            layer.set_budget(layer.num_experts, layer.num_experts, layer.num_experts)
+            layer.topk = layer.keys.num_keys
 
 
 @pytest.mark.parametrize("keys", ["copies", "product"])

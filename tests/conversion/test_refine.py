@@ -26,51 +26,42 @@ def normals(*shape: int) -> Tensor:
 def test_soft_choices_sum_to_k(count: int, share: float, seed: int) -> None:
     k = min(count - 1, max(1, round(share * count)))
     score_tn = torch.randn(3, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    m_tn = SoftTopK.apply(score_tn, k, threshold(score_tn, k), 0.3)
+    m_tn = SoftTopK.apply(score_tn, k, threshold(score_tn, k))
     assert torch.allclose(m_tn.sum(1), torch.full((3,), float(k), dtype=torch.float64), atol=1e-3)
     assert torch.equal(m_tn.argsort(1), score_tn.argsort(1))
 
 
 def test_gradient_passes_through_the_threshold() -> None:
     score_tn = normals(3, 9).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda s: SoftTopK.apply(s, 4, threshold(s, 4), 0.5), (score_tn,), eps=1e-6, atol=1e-4
-    )
+    assert torch.autograd.gradcheck(lambda s: SoftTopK.apply(s, 4, threshold(s, 4)), (score_tn,), eps=1e-6, atol=1e-4)
 
 
 FORMS: list[dict[str, Any]] = [
-    {"num_heads": 1, "grid": (1, 96), "query_dim": 5, "share_query": True},
-    {"num_heads": 1, "grid": (1, 96), "query_dim": 5, "share_query": True, "estimate": True},
-    {"num_heads": 4, "grid": (4, 6), "query_dim": 5, "share_query": True},
+    {"num_heads": 1, "grid": (8, 12), "query_dim": 6},
     {"num_heads": 4, "grid": (4, 6)},
     {"num_heads": 4, "grid": (5, 5), "query_dim": 6},
     {"num_heads": 4, "grid": (4, 6), "key_bias": False},
 ]
 
 
-def layer_of(gated: bool = True, rerank: str | None = "up", shared: int = 0, **options: Any) -> PEER:
-    form = {"key_bias": True, "num_experts": 96 + shared, "num_shared": shared}
-    heads = options["num_heads"]
-    budget = {"topk": 24 // heads, "candidates": (40 if rerank else 24) // heads}
+def layer_of(gated: bool = True, shared: int = 0, **options: Any) -> PEER:
+    form = {"key_bias": True, "num_experts": 96 + shared, "num_shared": shared, "topk": 24 // options["num_heads"]}
     settings = {"share_pool": False, "share_keys": False, "joint_topk": True, "gates": "unit", "activation": "silu"}
-    layer = PEER(8, gated=gated, rerank=rerank, **form | budget | settings | options).double().eval()
+    layer = PEER(8, gated=gated, **form | settings | options).double().eval()
     for parameter in layer.parameters():
         parameter.data.copy_(torch.randn_like(parameter))
-    if layer.pool.rerank_scale is not None:
-        layer.pool.rerank_scale.data.abs_().add_(0.1)
-    layer.pool.update_norm()
     return layer
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("gated", "rerank"), [(True, "up"), (True, "gate"), (False, "up"), (True, None)])
-def test_scores_are_the_layers_own(form: dict[str, Any], gated: bool, rerank: str | None) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_scores_are_the_layers_own(form: dict[str, Any], gated: bool) -> None:
     """Before and after: what is trained is what is stored, and what the layer then computes."""
-    layer = layer_of(gated, rerank, shared=3, **form)
+    layer = layer_of(gated, shared=3, **form)
     x_td = normals(50, 8) * normals(8) + normals(8)
 
     def selected(score_tn: Tensor) -> Tensor:
-        return score_tn >= score_tn.topk(layer.candidates, dim=1).values[:, -1:]
+        return score_tn >= score_tn.topk(layer.topk, dim=1).values[:, -1:]
 
     def layers_own() -> Tensor:
         row_tha, column_thb = layer.keys.sub_scores(x_td)
@@ -88,7 +79,7 @@ def test_scores_are_the_layers_own(form: dict[str, Any], gated: bool, rerank: st
 def everything(layer: PEER) -> PEER:
     """The layer with all of its experts retrieved."""
     whole = copy.deepcopy(layer)
-    whole.set_budget(1000, 1000, 1000)
+    whole.topk = whole.keys.num_keys
     return whole
 
 
@@ -101,13 +92,9 @@ def missed(layer: PEER, x_td: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("rerank", "candidates"), [("up", 40), ("up", 96), (None, 24)])
-def test_less_is_missed_afterwards(form: dict[str, Any], rerank: str | None, candidates: int) -> None:
-    """On tokens that it was not trained on, from keys that know nothing; also where all are candidates, and scores only
-    help to re-rank them."""
-    layer = layer_of(rerank=rerank, shared=2, **form)
-    shortlist = 32 if rerank else 24
-    layer.set_budget(24 // layer.num_heads, shortlist // layer.num_heads, candidates // layer.num_heads)
+def test_less_is_missed_afterwards(form: dict[str, Any]) -> None:
+    """On tokens that it was not trained on, from keys that know nothing."""
+    layer = layer_of(shared=2, **form)
     mixing = normals(8, 8)
     x_td, other_td = normals(4000, 8) @ mixing, normals(1000, 8) @ mixing
     target_td, other_target_td = everything(layer)(x_td).detach(), everything(layer)(other_td).detach()
@@ -150,7 +137,7 @@ def test_same_seed_same_layer() -> None:
         {"share_pool": True, "joint_topk": False, "num_heads": 2, "grid": (10, 10)},
         {"joint_topk": False, "num_heads": 4, "grid": (4, 6)},
         {"num_heads": 4, "grid": (4, 6), "query_dim": 4, "query_norm": True},
-        {"num_heads": 1, "grid": (8, 12), "topk": 96, "candidates": 96},
+        {"num_heads": 1, "grid": (8, 12), "topk": 96},
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from peerify.conversion import router
 from peerify.conversion.clustering import arrange, two_way
 from peerify.conversion.feedforward import FeedForward
-from peerify.conversion.router import RouterFit, fill_estimates, fill_keys, fit_router, points, truncate
+from peerify.conversion.router import RouterFit, fill_keys, fit_router, points
 from peerify.modeling.peer_keys import ProductKeys
 
 
@@ -57,8 +57,6 @@ def test_fit_is_ridge_regression() -> None:
         x_td @ fit.key_fd.T + fit.bias_f, predicted, rtol=1e-3, atol=1e-4 * float(importance.std())
     )
     torch.testing.assert_close(fit.mean_score_f, importance.mean(0))
-    torch.testing.assert_close(fit.probe_scale_f["up"], act.abs().mean(0) * ff.v_fd.norm(dim=1))
-    torch.testing.assert_close(fit.probe_scale_f["gate"], up.abs().mean(0) * ff.v_fd.norm(dim=1))
     covariance = (x_td - fit.mean_d).T @ (x_td - fit.mean_d) / tokens
     torch.testing.assert_close(fit.factor_dd @ fit.factor_dd.T, covariance, rtol=1e-3, atol=1e-3)
 
@@ -204,72 +202,3 @@ def test_short_queries_are_the_best_of_their_rank() -> None:
     assert losses == sorted(losses, reverse=True)
     assert losses[0] < 1
     assert losses[-1] < 1e-12
-
-
-def test_a_truncated_query_is_the_one_of_that_rank() -> None:
-    fit, x_td = random_fit()
-    options = {"share_pool": False, "share_keys": False, "query_norm": False, "key_bias": True, "share_query": True}
-    long, short = (keys_like(60, (1, 60), 1, query_dim=rank, **options) for rank in (8, 3))
-    for keys in (long, short):
-        fill_keys(keys, fit, torch.arange(60), torch.ones(1, 60))
-    assert truncate(long, fit, 3) == 3
-    with torch.no_grad():
-        torch.testing.assert_close(long.sub_scores(x_td)[1], short.sub_scores(x_td)[1], rtol=1e-6, atol=1e-8)
-    assert truncate(short, fit, 5) == 3
-
-
-ESTIMATE = {"share_query": True, "estimate": "silu"}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("gated", [True, False])
-def test_long_queries_estimate_exactly(gated: bool) -> None:
-    """With as many coordinates as inputs nothing is left out: the score is the logarithm of |a| E|up| ||v||."""
-    u_fd, v_fd, bias_f = normals(60, 10), normals(60, 10), normals(60)
-    ff = feedforward(u_fd, v_fd, normals(60, 10) if gated else None, bias_f, activation="silu")
-    x_td = normals(500, 10) @ normals(10, 10) + normals(10)
-    fit, neuron_n = fit_router(ff, x_td), torch.randperm(60)[:50]
-    keys = keys_like(50, (1, 50), 1, query_dim=10, **ESTIMATE)
-    fill_estimates(keys, ff, fit, neuron_n)
-    z_tf = x_td @ (u_fd if ff.gate_fd is None else ff.gate_fd).T + (0 if gated else bias_f)
-    torch.testing.assert_close(keys.products(x_td)[:, 0, 1:], z_tf[:, neuron_n], rtol=1e-6, atol=1e-6)
-    scale_f = v_fd.norm(dim=1) * ((x_td @ u_fd.T + bias_f).abs().mean(0) if gated else 1.0)
-    size_tf = torch.nn.functional.silu(z_tf).abs() * scale_f
-    common = size_tf[:, neuron_n] > 1e-3  # of the others the least deviation there is makes something
-    score_tn = keys.sub_scores(x_td)[1][:, 0]
-    torch.testing.assert_close(score_tn.exp()[common], size_tf[:, neuron_n][common], rtol=1e-3, atol=1e-5)
-
-
-def test_a_dead_neuron_has_a_finite_scale() -> None:
-    """Its size is divided by what the other factor says on average, which is 0."""
-    u_fd = normals(60, 10)
-    u_fd[7] = 0
-    fit = fit_router(feedforward(u_fd, normals(60, 10), normals(60, 10), activation="silu"), normals(50, 10))
-    assert (1 / fit.up_f).isfinite().all()
-    assert (1 / fit.up_f).argmax() == 7
-
-
-@torch.no_grad()
-def test_the_deviation_is_what_a_short_query_leaves_out() -> None:
-    """Over the tokens that the fit saw, and the ridge on them; truncating a query adds what it drops."""
-    ff = feedforward(normals(60, 10), normals(60, 10), normals(60, 10), activation="silu")
-    x_td = normals(500, 10) @ normals(10, 10) + normals(10)
-    fit = fit_router(ff, x_td)
-    for rank in (2, 5, 9):
-        keys = keys_like(60, (1, 60), 1, query_dim=rank, **ESTIMATE)
-        fill_estimates(keys, ff, fit, torch.arange(60))
-        assert ff.gate_fd is not None
-        assert keys.query_proj is not None
-        left_tf = x_td @ ff.gate_fd.T - keys.products(x_td)[:, 0, 1:]
-        left_fd = ff.gate_fd - keys.sub_keys[0, 1:] @ keys.query_proj.weight
-        variance_d = x_td.var(0, correction=0)
-        ridge_f = left_fd.square() @ (1e-4 * variance_d + 1e-6 * variance_d.mean())
-        assert keys.deviation is not None
-        wanted_f = (left_tf.var(0, correction=0) + ridge_f).sqrt()
-        torch.testing.assert_close(keys.deviation.data, wanted_f, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(left_tf.mean(0), torch.zeros(60).double(), rtol=0, atol=1e-8)
-        if rank == 9:
-            short = keys_like(60, (1, 60), 1, query_dim=5, **ESTIMATE)
-            fill_estimates(short, ff, fit, torch.arange(60))
-            assert truncate(keys, fit, 5) == 5
-            torch.testing.assert_close(keys.sub_scores(x_td)[1], short.sub_scores(x_td)[1], rtol=1e-6, atol=1e-8)

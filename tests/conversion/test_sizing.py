@@ -22,21 +22,19 @@ def plan(config: PeerConfig, **changes: Any) -> dict[str, Any]:
 
 def built(kwargs: dict[str, Any]) -> PEER:
     with torch.device("meta"):
-        return PEER(**kwargs | {"rerank": "up" if kwargs["rerank"] == "auto" else kwargs["rerank"]})
+        return PEER(**kwargs)
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     d_ff=st.integers(8, 12_000), active=st.floats(0.05, 1), gated=st.booleans(), share_pool=st.booleans(),
-    gates=st.sampled_from(["unit", "softmax", "sigmoid"]), rerank=st.sampled_from(["auto", "none", "up"]),
-    data=st.data(),
+    gates=st.sampled_from(["unit", "softmax", "sigmoid"]), data=st.data(),
 )  # fmt: skip
 def test_compute_is_what_was_asked_for(
-    d_ff: int, active: float, gated: bool, share_pool: bool, gates: str, rerank: str, data: st.DataObject
+    d_ff: int, active: float, gated: bool, share_pool: bool, gates: str, data: st.DataObject
 ) -> None:
     num_shared = data.draw(st.integers(0, int(active * d_ff / 2)))
-    options = {"active": active, "gates": gates, "num_shared": num_shared, "share_pool": share_pool}
-    config = PeerConfig(**options, rerank="auto" if gates == "softmax" else rerank)
+    config = PeerConfig(active=active, gates=gates, num_shared=num_shared, share_pool=share_pool)  # type: ignore[arg-type]
     try:
         kwargs = plan(config, d_ff=d_ff, gated=gated)
     except ConversionError:  # less than one expert and the router
@@ -67,16 +65,12 @@ def test_compute_is_what_was_asked_for(
 def test_direct_numbers_are_kept(
     num_experts: int, heads: int | None, share_pool: bool, shared: int, data: st.DataObject
 ) -> None:
-    """heads, topk and candidates as given make a layer, whatever the number of experts, or a clear refusal."""
+    """heads and topk as given make a layer, whatever the number of experts, or a clear refusal."""
     topk = data.draw(st.integers(1, 20))
-    shortlist = data.draw(st.none() | st.integers(topk, 30))
-    candidates = data.draw(st.none() | st.integers(shortlist or topk, 40))
     try:
         config = PeerConfig(
-            num_experts=num_experts, num_heads=heads, topk=topk, shortlist=shortlist,
-            candidates=candidates, share_pool=share_pool,
-            num_shared=shared,
-        )  # fmt: skip
+            num_experts=num_experts, num_heads=heads, topk=topk, share_pool=share_pool, num_shared=shared
+        )
     except ValueError:
         return
     try:
@@ -87,8 +81,6 @@ def test_direct_numbers_are_kept(
     assert layer.num_experts == num_experts
     assert heads is None or layer.num_heads == heads
     routed = num_experts - shared
-    assert layer.candidates == min(routed, layer.num_heads * (candidates or shortlist or topk))
-    assert layer.shortlist == min(routed, layer.num_heads * (shortlist or topk))
     assert layer.topk == min(routed, layer.num_heads * topk)
     cells = layer.keys.grid[0] * layer.keys.grid[1]
     assert layer.num_shared == shared
@@ -96,61 +88,33 @@ def test_direct_numbers_are_kept(
 
 
 def test_default_router_spends_its_budget() -> None:
-    """1536 neurons, as in SmolLM2-135M: a key of low rank for each; with more experts, product keys."""
-    kwargs = plan(PeerConfig(), d_model=576, d_ff=1536)
-    assert (kwargs["grid"], kwargs["num_heads"], kwargs["share_query"]) == ([1, 1536], 1, True)
-    assert kwargs["gates"] == "unit"
-    assert kwargs["joint_topk"]
+    """1536 neurons, as in SmolLM2-135M, in grids of their heads' own without a spare cell; and more experts."""
+    kwargs = plan(PeerConfig(keys="product"), d_model=576, d_ff=1536)
+    rows, columns = kwargs["grid"]
+    assert 0.3 <= rows / columns <= 1
+    assert rows * columns * kwargs["num_heads"] == 1536
+    assert (kwargs["gates"], kwargs["joint_topk"], kwargs["query_dim"]) == ("unit", True, None)
     layer = built(kwargs)
     router = router_cost(kwargs) / (3 * 1536)
-    assert 0.49 < layer.bytes_fraction <= 0.5
-    assert 0.18 <= router / layer.bytes_fraction <= 0.2  # a quarter of what it retrieves
+    assert 0.48 < layer.bytes_fraction <= 0.5
+    assert 0.15 <= router / layer.bytes_fraction <= 0.2  # a quarter of what it retrieves
     kwargs = plan(PeerConfig(active=0.1, num_experts=20000), d_model=576, d_ff=1536)
     rows, columns = kwargs["grid"]
-    assert not kwargs["share_query"]
     assert 0.5 <= rows / columns <= 1
     assert 20000 <= rows * columns * kwargs["num_heads"] <= 1.05 * 20000
 
 
-def test_keys_of_single_experts_estimate_their_size() -> None:
-    """Unless what is asked for speaks against it; the factor that is not estimated then re-ranks."""
-    shape = {"d_model": 576, "d_ff": 1536}
-    kwargs = plan(PeerConfig(), **shape)
-    assert (kwargs["estimate"], kwargs["rerank"]) == (True, "up")
-    assert plan(PeerConfig(rerank="none"), **shape)["estimate"]
-    assert plan(PeerConfig(), **shape, gated=False, activation="relu")["estimate"]
-    others: list[dict[str, Any]] = [{"gates": "sigmoid"}, {"rerank": "gate"}, {"share_query": False}]
-    for options in [{"estimate": False}, *others]:
-        kwargs = plan(PeerConfig(**options), **shape)
-        assert not kwargs["estimate"]
-        assert kwargs["rerank"] == options.get("rerank", "auto")
-    assert not plan(PeerConfig(), **shape, learned=True)["estimate"]  # such functions have parameters of their own
-    for options in others:
-        with pytest.raises(ConversionError, match=r"model\.mlp: estimate is for unit gates"):
-            plan(PeerConfig(**options | {"estimate": True}), **shape)
-
-
-def test_product_keys_on_request() -> None:
-    kwargs = plan(PeerConfig(share_query=False), d_model=576, d_ff=1536)
-    rows, columns = kwargs["grid"]
-    assert 0.3 <= rows / columns <= 1
-    assert rows * columns * kwargs["num_heads"] == 1536
-    assert router_cost(kwargs) / (3 * 1536) <= 0.2 * built(kwargs).bytes_fraction
-
-
 def test_options_reach_the_layer() -> None:
     config = PeerConfig(
-        topk=3, num_heads=2, grid=(10, 13), gates="sigmoid", num_experts=260, rerank="none", query_dim=10,
+        topk=3, num_heads=2, grid=(10, 13), gates="sigmoid", num_experts=260, query_dim=10,
         query_norm=True, joint_topk=False,
     )  # fmt: skip
     kwargs = plan(config, expert_bias=True, gate_bias=False, output_bias=True)
     expected = {
         "d_model": 96, "num_experts": 260, "grid": [10, 13], "num_heads": 2, "topk": 3,
-            "shortlist": 3, "candidates": 3,
         "activation": "silu", "gated": True, "expert_bias": True, "gate_bias": False, "output_bias": True,
         "num_shared": 0, "share_pool": False, "share_keys": False, "joint_topk": False, "gates": "sigmoid",
-        "query_dim": 10, "share_query": False, "query_norm": True, "key_bias": False, "estimate": False,
-        "rerank": None, "d_ff": 256,
+        "query_dim": 10, "query_norm": True, "key_bias": False, "d_ff": 256,
     }  # fmt: skip
     assert kwargs == expected
 
@@ -158,7 +122,7 @@ def test_options_reach_the_layer() -> None:
 def test_preset() -> None:
     kwargs = plan(PeerConfig(preset="peer-paper", topk=4), gated=False, activation="gelu")
     assert (kwargs["share_pool"], kwargs["share_keys"], kwargs["query_norm"]) == (True, True, True)
-    assert (kwargs["gates"], kwargs["rerank"], kwargs["joint_topk"]) == ("softmax", None, False)
+    assert (kwargs["gates"], kwargs["joint_topk"]) == ("softmax", False)
     assert (kwargs["num_heads"], kwargs["grid"], kwargs["topk"]) == (8, [16, 16], 4)
     assert kwargs["query_dim"] > 0
 
@@ -169,10 +133,7 @@ def test_preset() -> None:
         ({"num_shared": 256}, {}, "num_shared 256 leaves nothing"),
         ({"num_shared": 200}, {}, "or lower num_shared"),
         ({"active": 0.003}, {}, "raise active"),
-        ({"rerank": "gate"}, {"gated": False}, "rerank 'gate' needs gated experts"),
-        ({"topk": 3, "shortlist": 4}, {"gated": False}, "shortlist 4 needs gated experts"),
         ({"num_heads": 8, "topk": 33}, {}, "8 heads x 33"),
-        ({"num_heads": 8, "topk": 1, "candidates": 33}, {}, "8 heads x 33"),
         ({"topk": 257, "share_pool": True}, {}, "heads x 257"),
         ({"num_heads": 300}, {}, "300 heads cannot divide 256"),
         ({"num_heads": 30, "num_experts": 100, "topk": 1}, {}, "30 heads cannot divide 100"),

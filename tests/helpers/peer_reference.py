@@ -22,10 +22,8 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point():
             value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            # variances and what a probe is worth are positive; norm weights may be anything
-            tensor.data.copy_(
-                value.abs() + 0.1 if name.endswith(("running_var", "rerank_scale", "rerank_norm")) else value
-            )
+            # variances are positive; norm weights may be anything
+            tensor.data.copy_(value.abs() + 0.1 if name.endswith("running_var") else value)
 
 
 def make(seed: int = 0, **options: Any) -> PEER:
@@ -54,10 +52,8 @@ def score_of_every_cell(keys: ProductKeys, x_d: Tensor) -> Tensor:
             if (norm := keys.query_norm) is not None:
                 query = (query - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
             width = len(query) // keys.num_heads
-            row_query = column_query = query
-            if not keys.share_query:
-                query = query[h * width : (h + 1) * width]
-                row_query, column_query = query[: width // 2], query[width // 2 :]
+            query = query[h * width : (h + 1) * width]
+            row_query, column_query = query[: width // 2], query[width // 2 :]
         row = [float(key_md[a] @ row_query) for a in range(rows)]
         column = [float(key_md[rows + b] @ column_query) for b in range(columns)]
         if keys.sub_key_bias is not None:
@@ -83,26 +79,19 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
     pool, shared, gates = layer.pool, options["num_shared"], options["gates"]
     routed = options["num_experts"] - shared
     heads, topk = options["num_heads"], options["topk"]
-    shortlist = options.get("shortlist") or topk
-    candidates = options["candidates"] or shortlist
     score_hn = score_of_every_cell(layer.keys, x_d)
 
     weight: dict[int, float] = {}
-    score: dict[int, float] = {}
-    if gates == "unit" and heads * candidates >= routed:  # the budget covers all experts
+    if gates == "unit" and heads * topk >= routed:  # the budget covers all experts
         weight = dict.fromkeys(range(routed), 1.0)
-        if heads == 1 or not options["share_pool"]:
-            score = dict(enumerate(score_hn.amax(0)[:routed].tolist()))
     else:
         if options["joint_topk"]:
-            retrieved = [best(score_hn.amax(0), heads * candidates)]
+            retrieved = [best(score_hn.amax(0), heads * topk)]
             score_hn = score_hn.amax(0, keepdim=True)
         else:
-            retrieved = [best(score_n, candidates) for score_n in score_hn]
+            retrieved = [best(score_n, topk) for score_n in score_hn]
         for score_n, found in zip(score_hn, retrieved, strict=True):
             total = sum(math.exp(score_n[i]) for i in found)
-            if heads == 1 or not options["share_pool"]:
-                score |= {i: float(score_n[i]) for i in found}
             for i in found:
                 if gates == "unit":
                     weight[i] = 1.0
@@ -116,27 +105,6 @@ def reference(layer: PEER, options: dict[str, Any], x_d: Tensor) -> tuple[Tensor
 
     def gate(i: int) -> Tensor:
         return pool.gate[i] @ x_d + (0 if pool.gate_bias is None else pool.gate_bias[i])
-
-    if options["rerank"]:
-
-        def size(i: int) -> float:
-            expert = i + shared
-            if options["rerank"] == "gate":
-                factor = act(gate(expert))
-            else:
-                factor = u(expert) if options["gated"] else act(u(expert))
-            prior = math.exp(float(pool.rerank_slope) * score[i]) if score else 1.0
-            return float(abs(factor) * pool.rerank_scale[expert] * weight[i]) * prior
-
-        weight = {i: weight[i] for i in sorted(weight, key=size, reverse=True)[: heads * shortlist]}
-
-    if shortlist > topk:
-
-        def contribution(i: int) -> float:
-            expert = i + shared
-            return float(abs(act(gate(expert)) * u(expert) * weight[i]) * pool.rerank_norm[expert])
-
-        weight = {i: weight[i] for i in sorted(weight, key=contribution, reverse=True)[: heads * topk]}
 
     a_n = torch.zeros(options["num_experts"], dtype=x_d.dtype)
     active_n = torch.zeros(options["num_experts"], dtype=torch.bool)

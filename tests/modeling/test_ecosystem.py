@@ -147,7 +147,7 @@ def test_big_model_loading(folder: Path, tmp_path: Path, ids: torch.Tensor) -> N
 
 
 PRODUCT = {"keys": "product"}
-WAYS = [{}, {"active": 1.0}, PRODUCT, {"gates": "softmax", "rerank": "none"}, PRODUCT | {"active": 1.0}]
+WAYS = [{}, {"active": 1.0}, PRODUCT, {"gates": "softmax"}, PRODUCT | {"active": 1.0}]
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)

@@ -24,64 +24,45 @@ POOLS = [  # share_pool, joint_topk, heads, experts to retrieve for a grid of 3 
     (False, False, 2, 22),
     (False, True, 2, 23),
 ]
-QUERIES = [  # query_dim, share_keys, query_norm, share_query
-    (None, False, False, False),
-    (6, False, False, False),
-    (6, True, False, False),
-    (6, True, True, False),
-    (4, False, True, False),
-    (3, False, False, True),
-    (4, False, True, True),
+QUERIES = [  # query_dim, share_keys, query_norm
+    (None, False, False),
+    (6, False, False),
+    (6, True, False),
+    (6, True, True),
+    (4, False, True),
 ]
 BIASES = [(False, False, False), (True, True, True), (True, False, True)]
 
 
 def combinations() -> list[dict[str, Any]]:
     cases = []
-    for gates, gated, bias, pool, query, shared, rerank in itertools.product(
-        ("unit", "softmax", "sigmoid"), (False, True), BIASES, POOLS, QUERIES, (0, 2), (None, "up", "gate")
+    for gates, gated, bias, pool, query, shared, topk in itertools.product(
+        ("unit", "softmax", "sigmoid"), (False, True), BIASES, POOLS, QUERIES, (0, 2), (2, 5, 12)
     ):
-        if (rerank == "gate" and not gated) or (query[1] and not pool[0]):
+        if query[1] and not pool[0]:
             continue
-        for topk, shortlist, candidates in [
-            (2, None, None),
-            (2, None, 4),
-            (5, None, None),
-            (2, None, 12),
-            (2, 3, 4),
-            (2, 4, None),
-            (2, 5, 12),
-        ]:
-            if (candidates or shortlist) and (rerank is None or gates == "softmax"):
-                continue
-            if shortlist and not gated:
-                continue
-            cases.append(
-                {
-                    "d_model": 5,
-                    "num_experts": pool[3] + shared,
-                    "grid": (3, 4),
-                    "num_heads": pool[2],
-                    "topk": topk,
-                    "candidates": candidates,
-                    "shortlist": shortlist,
-                    "activation": "silu" if gated else "gelu",
-                    "gated": gated,
-                    "expert_bias": bias[0],
-                    "gate_bias": bias[1] and gated,
-                    "output_bias": bias[2],
-                    "num_shared": shared,
-                    "share_pool": pool[0],
-                    "joint_topk": pool[1],
-                    "share_keys": query[1],
-                    "gates": gates,
-                    "query_dim": query[0],
-                    "query_norm": query[2],
-                    "share_query": query[3],
-                    "key_bias": not query[2],
-                    "rerank": rerank,
-                }
-            )
+        cases.append(
+            {
+                "d_model": 5,
+                "num_experts": pool[3] + shared,
+                "grid": (3, 4),
+                "num_heads": pool[2],
+                "topk": topk,
+                "activation": "silu" if gated else "gelu",
+                "gated": gated,
+                "expert_bias": bias[0],
+                "gate_bias": bias[1] and gated,
+                "output_bias": bias[2],
+                "num_shared": shared,
+                "share_pool": pool[0],
+                "joint_topk": pool[1],
+                "share_keys": query[1],
+                "gates": gates,
+                "query_dim": query[0],
+                "query_norm": query[2],
+                "key_bias": not query[2],
+            }
+        )
     return cases
 
 
@@ -101,11 +82,9 @@ def test_every_combination_is_the_formula(gates: str, seed: int) -> None:
         with torch.no_grad():
             assert torch.allclose(layer(x_td), y_td, rtol=1e-9, atol=1e-9), about
             assert torch.allclose(layer.activations(x_td), a_tn, rtol=1e-9, atol=1e-9), about
-            # An activation that is exactly 0 (gelu of -9) leaves nothing for re-ranking to tell the expert by.
-            assert torch.equal(layer.active_experts(x_td) & (a_tn != 0), active_tn & (a_tn != 0)), about
-            found = layer.retrieve(x_td)
-            if found is not None:
-                gathered = layer.pool.gathered(x_td, found, layer.shortlist, layer.topk) + bias
+            assert torch.equal(layer.active_experts(x_td), active_tn), about
+            if layer.needs_routing:
+                gathered = layer.pool.gathered(x_td, layer.retrieve(x_td)) + bias
                 assert torch.allclose(gathered, y_td, rtol=1e-9, atol=1e-9), about
         # No more experts than the compute that active_fraction reports, and never fewer than the shared ones.
         active = active_tn.sum(1)
@@ -162,17 +141,17 @@ def test_training_on_a_single_token(path: str, seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     gated=st.booleans(), biased=st.booleans(), share_pool=st.booleans(), shared=st.integers(0, 3),
-    heads=st.integers(1, 4), rerank=st.booleans(), seed=st.integers(0, 2**31),
+    heads=st.integers(1, 4), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_everything_retrieved_is_the_dense_layer(
-    gated: bool, biased: bool, share_pool: bool, shared: int, heads: int, rerank: bool, seed: int
+    gated: bool, biased: bool, share_pool: bool, shared: int, heads: int, seed: int
 ) -> None:
     """The exactness law, also through the router itself, which the layer skips when it may."""
     cells = 12 * (1 if share_pool else heads)
     layer = make(
         seed, d_model=5, num_experts=cells + shared, grid=(3, 4), num_heads=heads, topk=12, gates="unit", gated=gated,
         expert_bias=biased, gate_bias=biased and gated, output_bias=biased, num_shared=shared, share_pool=share_pool,
-        share_keys=False, rerank="up" if rerank else None,
+        share_keys=False,
     )  # fmt: skip
     pool = layer.pool
     x_td = normals(4, 5, seed=seed + 1)
@@ -184,12 +163,9 @@ def test_everything_retrieved_is_the_dense_layer(
         assert layer.active_experts(x_td).all()
         with patch.object(PEER, "needs_routing", True):  # no shortcut: each head goes through its product keys
             routed = layer.retrieve(x_td)
-            assert routed is not None
             torch.testing.assert_close(layer(x_td), dense, rtol=1e-10, atol=1e-10)
         bias = 0 if layer.bias is None else layer.bias
-        torch.testing.assert_close(
-            pool.gathered(x_td, routed, layer.shortlist, layer.topk) + bias, dense, rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(pool.gathered(x_td, routed) + bias, dense, rtol=1e-10, atol=1e-10)
 
 
 def test_duplicates_count_once_with_unit_gates(seed: int) -> None:
@@ -212,7 +188,7 @@ def test_duplicates_count_once_with_unit_gates(seed: int) -> None:
 
 def test_tables_are_built_on_meta_and_initialised_later(seed: int) -> None:
     with torch.device("meta"):
-        layer = PEER(8, 12, (3, 4), 2, 2, query_dim=4, query_norm=True, rerank="up", gates="unit", output_bias=True)
+        layer = PEER(8, 12, (3, 4), 2, 2, query_dim=4, query_norm=True, gates="unit", output_bias=True)
     layer = layer.to_empty(device="cpu")
     for tensor in [*layer.parameters(), *layer.buffers()]:
         tensor.data.fill_(77)

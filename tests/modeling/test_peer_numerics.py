@@ -14,11 +14,9 @@ from torch.nn import functional as F
 GRADIENT_CASES: list[dict[str, Any]] = [
     {"gates": "softmax", "query_dim": 4, "query_norm": True, "output_bias": True},
     {"gates": "sigmoid", "gated": True, "expert_bias": True, "gate_bias": True, "share_keys": False, "key_bias": True},
-    {"gates": "sigmoid", "query_dim": 4, "gated": True, "candidates": 3, "rerank": "gate"},
-    {"gates": "sigmoid", "query_dim": 4, "gated": True, "shortlist": 3, "candidates": 4, "rerank": "up"},
+    {"gates": "sigmoid", "query_dim": 4, "gated": True},
     {"gates": "unit", "gated": True, "num_shared": 1, "num_experts": 10, "share_keys": False, "key_bias": True},
-    {"gates": "unit", "candidates": 3, "rerank": "up", "share_pool": False, "joint_topk": True, "num_experts": 17}
-    | {"share_keys": False},
+    {"gates": "unit", "share_pool": False, "joint_topk": True, "num_experts": 17, "share_keys": False},
     {"gates": "softmax", "share_pool": False, "share_keys": False, "num_experts": 16, "expert_bias": True},
 ]
 
@@ -40,7 +38,7 @@ def test_gradients_are_finite_differences(case: dict[str, Any], gather: bool, tr
         y_td = torch.func.functional_call(
             _Method(layer.pool, "gathered"),
             _below({name[5:]: value for name, value in parts.items() if name.startswith("pool.")}),
-            (x_td, retrieved, layer.shortlist, layer.topk),
+            (x_td, retrieved),
         )
         return y_td if layer.bias is None else y_td + parts["bias"]
 
@@ -88,7 +86,7 @@ def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
     with torch.no_grad():
         half_td = half(x_td)
         # Rounding may change what is retrieved, never what is then computed of it.
-        weight_tn = half.weights(x_td, half.products(x_td)).double()
+        weight_tn = half.weights(x_td).double()
         pool, x_td = layer.pool, x_td.double()
         assert pool.gate is not None
         a_tn = pool.act(F.linear(x_td, pool.gate, pool.gate_bias)) * F.linear(x_td, pool.u, pool.u_bias)

@@ -1,4 +1,4 @@
-"""Product keys against brute force, and scores that estimate the sizes of what they select."""
+"""Product keys against brute force."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer_reference import best, normals, randomise, score_of_every_cell
-from torch.nn import functional as F
 
 from peerify.modeling.peer_keys import ProductKeys
-from peerify.modeling.peer_layer import PEER
 
 
 @st.composite
@@ -98,37 +96,3 @@ def test_keys_that_contradict_themselves(changes: dict[str, Any], message: str) 
     ProductKeys(4, **options)
     with pytest.raises(ValueError, match=message):
         ProductKeys(4, **options | changes)
-
-
-@torch.no_grad()
-def test_scores_that_estimate_sizes() -> None:
-    """The expectation is exact where nothing but z^2 is integrated, and near where an activation bends."""
-    options: dict[str, Any] = {
-        "share_pool": False, "share_keys": False, "query_dim": 4, "query_norm": False, "key_bias": True,
-        "share_query": True,
-    }  # fmt: skip
-    x_td = normals(20, 6, seed=1)
-    for activation in ("linear", "silu", "gelu"):
-        keys = ProductKeys(6, 9, (1, 9), 1, **options, estimate=activation).double()
-        randomise(keys, 2)
-        assert keys.log_scale is not None
-        assert keys.deviation is not None
-        z_tn = keys.products(x_td)[:, 0, 1:]
-        if activation == "linear":
-            square_tn = z_tn.square() + keys.deviation.square()
-            rtol = 1e-9
-        else:
-            keys.deviation.data *= 0.5
-            e = normals(20_000, seed=3)[:, None, None] * keys.deviation
-            square_tn = getattr(F, activation)(z_tn + e).square().mean(0)
-            rtol = 0.15
-        row_t1, score_tn = (score_th[:, 0] for score_th in keys.sub_scores(x_td))  # the row's is common to all
-        torch.testing.assert_close(score_tn.exp(), square_tn.sqrt() * keys.log_scale.exp(), rtol=rtol, atol=0.02)
-        index_thc, score_thc = keys(x_td, 3, joint=True)
-        torch.testing.assert_close(score_thc[:, 0].sort().values, score_tn.topk(3).values.sort().values + row_t1)
-        assert torch.equal(index_thc.sort().values[:, 0], score_tn.topk(3).indices.sort().values)
-
-
-def test_only_keys_of_single_experts_estimate() -> None:
-    with pytest.raises(ValueError, match="estimate needs a key for each expert"):
-        PEER(6, 24, (4, 6), 1, 3, estimate=True, query_dim=4, share_query=True, share_keys=False)

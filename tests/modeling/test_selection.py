@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peer_reference import make, normals, reference
 
 from peerify.modeling import peer_experts
-from peerify.modeling.peer_selection import among_logs, largest, threshold, topk_indices
+from peerify.modeling.peer_selection import largest, threshold, topk_indices
 
 
 def test_thresholds_of_numpy_are_those_of_torch() -> None:
@@ -26,11 +26,10 @@ def test_thresholds_of_numpy_are_those_of_torch() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.lists(st.integers(-2, 2), min_size=7, max_size=7), min_size=1, max_size=5),
-    st.lists(st.booleans(), min_size=7, max_size=7),
     st.integers(1, 8),
 )
-def test_exactly_k_are_kept_however_many_are_equal(rows: list[list[int]], among: list[bool], k: int) -> None:
-    """Also where only some count, fewer than k of them, or -inf is the score of many."""
+def test_exactly_k_are_kept_however_many_are_equal(rows: list[list[int]], k: int) -> None:
+    """Also where there are fewer than k, or -inf is the score of many."""
     score = torch.tensor(rows, dtype=torch.float32).masked_fill(torch.tensor(rows) == -2, -torch.inf)
     level = threshold(score, k)
     mask = largest(score, level, k)
@@ -38,34 +37,21 @@ def test_exactly_k_are_kept_however_many_are_equal(rows: list[list[int]], among:
     assert ((mask == 1) | (score <= level)).all()
     assert ((mask == 0) | (score >= level)).all()
 
-    finite, counts = score.clamp_min(-2), torch.tensor(among).float().expand_as(score)
-    level = threshold(among_logs(finite, counts), k)
-    kept = largest(finite, level, k, counts) * counts
-    assert kept.sum(1).tolist() == [min(k, sum(among))] * len(rows)
-    expected = among_logs(finite, counts).topk(min(k, sum(among)), dim=1).values
-    got = torch.stack([row[mask == 1].sort(descending=True).values for row, mask in zip(finite, kept, strict=True)])
-    assert torch.equal(got, expected)
-
 
 @torch.no_grad()
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(0, 2**31))
 def test_both_forms_are_the_rule(data: st.DataObject, seed: int) -> None:
-    """Any gates, any number of heads, with pools of their own or one for all, budgets of their own or joint, re-ranked
-    or not: masks over all experts, indices of candidates, and the loop keep the same."""
+    """Any gates, any number of heads, with pools of their own or one for all, budgets of their own or joint: masks over
+    all experts, indices of what is retrieved, and the loop keep the same."""
     gated = data.draw(st.booleans(), "gated")
     gates = data.draw(st.sampled_from(["unit", "sigmoid", "softmax"]), "gates")
-    rerank = data.draw(st.sampled_from([None, "up", "gate"] if gated else [None, "up"]), "rerank")
     share_pool = data.draw(st.booleans(), "share_pool")
     heads = data.draw(st.integers(1, 3), "heads")
     rows, columns = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(2, 6), "columns")
     cells = rows * columns * (1 if share_pool else heads)
     spare = data.draw(st.integers(0, columns - 1), "spare") if rows > 1 else 0
     topk = data.draw(st.integers(1, rows * columns), "topk")
-    shortlist = candidates = None
-    if rerank and gates != "softmax":
-        shortlist = data.draw(st.integers(topk, rows * columns), "shortlist") if gated else None
-        candidates = data.draw(st.integers(shortlist or topk, rows * columns), "candidates")
     shared = data.draw(st.integers(0, 3), "shared")
     query_dim = data.draw(st.sampled_from([None, 6]), "query_dim")
     options: dict[str, Any] = {
@@ -74,8 +60,6 @@ def test_both_forms_are_the_rule(data: st.DataObject, seed: int) -> None:
         "grid": (rows, columns),
         "num_heads": heads,
         "topk": topk,
-        "shortlist": shortlist,
-        "candidates": candidates,
         "activation": "silu" if gated else "gelu",
         "gated": gated,
         "num_shared": shared,
@@ -85,7 +69,6 @@ def test_both_forms_are_the_rule(data: st.DataObject, seed: int) -> None:
         "gates": gates,
         "query_dim": query_dim,
         "key_bias": data.draw(st.booleans(), "key_bias"),
-        "rerank": rerank,
     }
     layer = make(seed, **options)
     x_td = normals(data.draw(st.integers(1, 4), "tokens"), 10, seed=seed + 1)
@@ -94,9 +77,8 @@ def test_both_forms_are_the_rule(data: st.DataObject, seed: int) -> None:
     torch.testing.assert_close(layer.activations(x_td), a_tn)
     assert torch.equal(layer.active_experts(x_td) & (a_tn != 0), active_tn & (a_tn != 0))
     torch.testing.assert_close(layer(x_td), y_td)
-    found = layer.retrieve(x_td)
-    if found is not None:
-        torch.testing.assert_close(layer.pool.gathered(x_td, found, layer.shortlist, layer.topk), y_td)
+    if layer.needs_routing:
+        torch.testing.assert_close(layer.pool.gathered(x_td, layer.retrieve(x_td)), y_td)
 
 
 @pytest.mark.parametrize("gates", ["unit", "softmax"])
@@ -105,9 +87,9 @@ def test_tokens_are_gathered_a_few_at_a_time(gates: str, monkeypatch: pytest.Mon
     x_td = normals(11, 5, seed=seed + 1)
     with torch.no_grad():
         found = layer.retrieve(x_td)
-        together = layer.pool.gathered(x_td, found, layer.shortlist, layer.topk)
+        together = layer.pool.gathered(x_td, found)
         monkeypatch.setattr(peer_experts, "GATHERED", 8 * 5 * 3)  # three tokens
-        torch.testing.assert_close(layer.pool.gathered(x_td, found, layer.shortlist, layer.topk), together)
+        torch.testing.assert_close(layer.pool.gathered(x_td, found), together)
 
 
 def test_indices_are_of_the_largest() -> None:

@@ -67,12 +67,15 @@ def test_activations_of_layers_with_budgets(gated: bool, active: float, monkeypa
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("gated", [True, False])
-def test_activations_are_what_a_forward_pass_keeps(every: int, gated: bool) -> None:
-    model = model_of(
-        grid=(1, EXPERTS), num_heads=1, topk=96, shortlist=110 if gated else None, candidates=160, rerank="up",
-        share_pool=False, share_keys=False, joint_topk=True, gates="unit", query_dim=8, share_query=True,
-        key_bias=True, estimate=True, gated=gated, activation="silu",
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"grid": (4, EXPERTS // 32), "num_heads": 8, "share_pool": False, "share_keys": False, "joint_topk": True},
+        {"grid": (16, EXPERTS // 16), "num_heads": 4, "query_dim": 16},
+    ],
+)
+def test_activations_are_what_a_forward_pass_keeps(every: int, gated: bool, form: dict[str, Any]) -> None:
+    model = model_of(**form, topk=12, gates="unit", key_bias=True, gated=gated, activation="silu")
     data = {"sources": [], "context": CONTEXT}
     stage = StageConfig(train="full", router_every=every)
     config = TrainConfig.model_validate({"data": data, "tokens": 1, "batch_size": WINDOWS, "precision": "no"})
