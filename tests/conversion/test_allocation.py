@@ -210,7 +210,8 @@ def test_auto_leaves_dense_what_costs_too_much(keys: Any, seed: int) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-2)
     inputs = inputs_for(model, seed)
-    conversion = convert(model, PeerConfig(layers="auto", keys=keys, max_loss=1.000005), [inputs])
+    max_loss = 1.0000002 if keys == "copies" else 1.000005  # fine copies lose so little
+    conversion = convert(model, PeerConfig(layers="auto", keys=keys, max_loss=max_loss), [inputs])
     assert "model.layers.1.mlp" in conversion.layers
     assert len(conversion.layers) < 3
     with pytest.raises(ConversionError, match=r"max_loss 1\.0000"):
