@@ -160,7 +160,7 @@ def evaluate_checkpoint(
     # What can be refused without reading gigabytes is refused first.
     ours = load(source, revision)
     _check(ours.model, torch.zeros(1, 1).expand(1, context))
-    own = _budgets_of(ours.model, active)
+    own = budgets_of(ours.model, active)
     windows_bt = load_windows([data], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
     dense = load(against, None) if against is not None else None
     result, rows = None, []
@@ -185,7 +185,7 @@ def evaluate_checkpoint(
     return {"model": source, "data": public_name(data), "context": context, **result}
 
 
-def _budgets_of(model: Any, active: Sequence[float]) -> list[float]:
+def budgets_of(model: Any, active: Sequence[float]) -> list[float]:
     """The budget that the model has, or none where it has no choice; UsageError where `active` cannot be had."""
     layers = [layer for layer in peer_layers(model).values() if getattr(layer, "budgets", None)]
     if not layers:

@@ -12,7 +12,7 @@ from peerify.config.recipe import describe
 COUNT = click.IntRange(min=1, max=2**31)
 
 
-def _shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
+def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(","))) if text is not None else ()
     except ValueError:
@@ -30,7 +30,7 @@ def _shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
 @click.option(
     "--active",
     metavar="SHARES",
-    callback=_shares,
+    callback=shares,
     help="Budgets to measure, as shares of the dense layers' bytes, by commas; by default the model's own.",
 )
 @click.option("--against", metavar="DENSE", help="The dense model to compare with.")

@@ -32,7 +32,7 @@ from .peer_copies import Rounded, make_codes, make_copies
 
 SWITCH = "PEERIFY_KERNELS"  # environment variable: 0 switches kernels off
 # The largest share of the dense layer's bytes at which the kernel is the faster one, by number type, for up to so many
-# tokens at once. Measured by benchmarks/inference.py on two cores with AVX-512.
+# tokens at once. Measured by `peerify bench` on two cores with AVX-512.
 FASTER = {
     torch.float32: ((1, 0.95), (2, 0.8), (4, 0.6)),
     torch.bfloat16: ((1, 0.6), (2, 0.3)),

@@ -16,9 +16,13 @@ from elastic_reference import at, make, middling
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peer_reference import normals
+from tiny import FAMILIES
 from torch import Tensor
 
-from peerify.modeling import peer_cpu
+from peerify.config.peer import PeerConfig
+from peerify.conversion.model import convert
+from peerify.modeling import peer_cpu, peer_elastic_pool
+from peerify.modules import peer_layers
 
 pytestmark = pytest.mark.skipif(peer_cpu.obstacle() is not None, reason=str(peer_cpu.obstacle()))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -301,3 +305,49 @@ def test_it_can_be_switched_off(seed: int) -> None:
 def test_models_run_where_numba_is_absent(seed: int) -> None:
     first = "sys.modules['numba'] = sys.modules['llvmlite'] = None"
     assert run(seed, first, "print(peer_cpu.obstacle(), layer(x).shape[1])") == "numba is not installed 48"
+
+
+@pytest.fixture(scope="module")
+def converted() -> Any:
+    model = FAMILIES["llama"](3)
+    convert(model, PeerConfig(active=0.6), torch.randint(3, 128, (8, 32)))
+    model.set_active(0.6, prefill="budget")
+    assert all(layer.pool.misfit is None for layer in peer_layers(model).values())
+    return model.eval()
+
+
+@pytest.mark.parametrize("way", ["cached", "uncached", "batch", "beams", "assisted"])
+def test_generation_gives_the_same_tokens(converted: Any, way: str, seed: int) -> None:
+    """In float64 nothing is a tie; the kernel computes in float32, so a near tie may part them: tokens before agree."""
+    ids = torch.randint(3, 128, (2 if way == "batch" else 1, 7), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    if way == "batch":
+        mask[1, :3] = 0
+    options: dict[str, Any] = {
+        "cached": {}, "uncached": {"use_cache": False}, "batch": {}, "beams": {"num_beams": 3},
+        "assisted": {"assistant_model": FAMILIES["llama"](4)},
+    }[way]  # fmt: skip
+    found = []
+    for peer_cpu.enabled in (False, True):
+        found.append(
+            converted.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+        )
+    assert found[0].shape == found[1].shape
+    rows = [(a == b).int().cumprod(0).sum() for a, b in zip(*found, strict=True)]
+    assert min(rows) >= 7 + 6, found
+
+
+def test_generation_uses_it(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = peer_elastic_pool.few_tokens
+    monkeypatch.setattr(peer_elastic_pool, "few_tokens", lambda *args: calls.append(len(args[1])) or real(*args))
+    converted.generate(torch.arange(5, 25)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert calls == [1] * (3 * 3), "three layers, three tokens after the one that the prompt gives"

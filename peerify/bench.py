@@ -1,0 +1,216 @@
+"""Speed of a converted model beside its dense one: tokens per second as `generate` gives them, in one run.
+
+Both models, and the dense one without the layers that were converted, take turns, so that what else the machine does
+touches all alike. The third tells how fast layers that take no time would make the model (Amdahl's law).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from peerify.errors import CheckpointError, UsageError
+from peerify.modeling import peer_cpu
+from peerify.modules import peer_layers
+from peerify.progress import Progress, teller
+
+STAGE = "Measuring"
+CONTEXT = 64  # tokens, at most, of the prompts that are continued
+Arm = Any  # a budget of the converted model, or one of:
+DENSE, WITHOUT = "dense", "without"
+
+
+def bench_checkpoint(
+    source: str,
+    *,
+    against: str,
+    active: Sequence[float] = (),
+    batches: Sequence[int] = (1, 4, 16),
+    prompt: int = 512,
+    new: int = 32,
+    repeats: int = 5,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Decode and prefill speeds of the converted model `source` and of the dense model `against`.
+
+    Args:
+        active: budgets, as shares of the dense layers' bytes; none: the model's own.
+        batches: how many random prompts are continued at once.
+        prompt: tokens of the prompt that is read at once.
+        new: tokens by which `generate` continues others, greedily.
+        repeats: measurements of each kind, after one that warms up.
+
+    Returns:
+        ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "decode", "prefill"}``. kernel is None
+        where the CPU kernel serves all layers, else the reason why not. memory is ``{"dense", "converted"}``: bytes of
+        the weights, and of what is kept beside them. decode is a list of ``{"batch", "dtype", "active", "dense",
+        "converted", "ratio", "spread", "limit", "of_limit"}``: medians in tokens per second; ratio the median of
+        converted over dense, spread its least and its largest; limit what ratio would be if the converted layers took
+        just their share of the dense ones' time; of_limit ratio over that. prefill is a list of ``{"tokens", "dtype",
+        "active", "dense", "converted", "ratio", "spread", "first_token_s"}``, the last one the converted model's.
+
+    Raises:
+        UsageError: the model is dense, or has no such budget, or the prompt is too long for it.
+        CheckpointError: see `load_for_eval`; also a model that generates no text.
+    """
+    from peerify.checkpoint.load import load_for_eval
+    from peerify.evaluation import budgets_of
+
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    converted = load_for_eval(source, revision=revision, **options).model  # type: ignore[arg-type]
+    layers = peer_layers(converted)
+    if not layers:
+        raise UsageError(f"{source} is a dense model: bench compares a converted one with it")
+    own = budgets_of(converted, active)
+    shares: list[float] = list(active) or own or [1.0]
+    dense = load_for_eval(against, **options).model  # type: ignore[arg-type]
+    config, context = dense.config.get_text_config(), min(CONTEXT, prompt)
+    if not dense.can_generate() or dense.config.is_encoder_decoder:
+        raise CheckpointError(f"{against} generates no text: there is nothing to measure")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max(prompt, context + new) + 1 > positions:
+        raise UsageError(f"--prompt {prompt} or --new {new} is more than the model's {positions} positions")
+
+    tell = teller(progress)
+    runs = [(1, prompt, 1), *((batch, context, new + 1) for batch in batches)]
+    total, done = len(runs) * (repeats + 1), 0
+    rows = []
+    for batch, tokens, adds in runs:
+        ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
+        times: dict[Arm, list[float]] = {arm: [] for arm in (DENSE, WITHOUT, *shares)}
+        for number in range(repeats + 1):
+            tell(STAGE, done, total)
+            for arm, of_arm in times.items():
+                with _taking(arm, dense, converted, layers, own) as model:
+                    seconds = _seconds(model, ids, adds)
+                if number:  # the first one warms up
+                    of_arm.append(seconds)
+            done += 1
+        rows.append([_compared(times, share, tokens if adds == 1 else batch) for share in shares])
+    tell(STAGE, done, total)
+    reading = [
+        {"tokens": prompt, "dtype": dtype, **{k: v for k, v in row.items() if "limit" not in k},
+         "first_token_s": prompt / row["converted"]}
+        for row in rows[0]
+    ]  # fmt: skip
+    return {
+        "model": source,
+        "against": against,
+        "device": device,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "kernel": kernel_status(converted, device),
+        "memory": {DENSE: _held(dense), "converted": _held(converted)},
+        "decode": [
+            {"batch": batch, "dtype": dtype, **row}
+            for batch, found in zip(batches, rows[1:], strict=True)
+            for row in found
+        ],
+        "prefill": reading,
+    }
+
+
+def kernel_status(model: nn.Module, device: str = "cpu") -> str | None:
+    """Why the CPU kernel does not serve all converted layers; None: it does."""
+    if torch.device(device).type != "cpu":
+        return f"it runs on a CPU, not on {device}"
+    pools = [layer.pool for layer in peer_layers(model).values() if hasattr(layer, "budgets")]
+    reasons = [pool.misfit for pool in pools if pool.misfit]
+    if not pools:
+        return "the layers have no budgets"
+    return peer_cpu.obstacle() or (f"{len(reasons)} of {len(pools)} layers: {reasons[0]}" if reasons else None)
+
+
+@contextmanager
+def _taking(arm: Arm, dense: Any, converted: Any, layers: Mapping[str, Any], own: Sequence[float]) -> Iterator[Any]:
+    """The model of an arm, as it is to be measured."""
+    if isinstance(arm, float):
+        if own:
+            converted.set_active(arm)
+        yield converted
+        return
+    stilled = [*layers, *converted.config.peer["identities"]] if arm == WITHOUT else []
+    parts = [dense.get_submodule(path) for path in stilled]
+    for part in parts:
+        part.forward = _same
+    try:
+        yield dense
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def _same(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return x
+
+
+class _Clock(StoppingCriteria):
+    """When each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _seconds(model: Any, ids: torch.Tensor, new: int) -> float:
+    """Seconds until the first token, or for each of the `new` tokens after it."""
+    clock = _Clock()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]), pad_token_id=0,
+        )  # fmt: skip
+    if new == 1:
+        return clock.times[0] - start
+    return (clock.times[-1] - clock.times[0]) / (new - 1)
+
+
+def _compared(times: Mapping[Arm, Sequence[float]], share: float, tokens: int) -> dict[str, Any]:
+    """A row of what is found at a budget, from seconds for so many tokens."""
+    ratios = [dense / ours for dense, ours in zip(times[DENSE], times[share], strict=True)]
+    dense, without = statistics.median(times[DENSE]), statistics.median(times[WITHOUT])
+    limit = dense / (without + share * max(0.0, dense - without))
+    ratio = statistics.median(ratios)
+    return {
+        "active": share,
+        DENSE: tokens / dense,
+        "converted": tokens / statistics.median(times[share]),
+        "ratio": ratio,
+        "spread": [min(ratios), max(ratios)],
+        "limit": limit,
+        "of_limit": ratio / limit,
+    }
+
+
+def _held(model: nn.Module) -> int:
+    """Bytes of weights, and of what PEER layers keep beside them to decode faster."""
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    for layer in peer_layers(model).values():
+        for kept in (getattr(layer.pool, name, None) for name in ("_packed", "_copies")):
+            if kept is not None and kept.value is not None:
+                tensors.update((id(each), each) for each in _tensors(kept.value))
+    return sum(each.nbytes for each in tensors.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    for each in value if isinstance(value, tuple | list) else getattr(value, "tables", ()):
+        yield from _tensors(each)

@@ -1,0 +1,87 @@
+"""`peerify bench` and `peerify env`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peerify.cli.base import cli, common, library, loading
+from peerify.cli.eval import COUNT, shares
+from peerify.config.recipe import describe
+
+
+def _counts(_: Any, __: Any, text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise click.BadParameter(f"{text} is no list of counts such as 1,4,16")
+    return found
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--against", metavar="DENSE", required=True, help="The dense model that was converted.")
+@click.option(
+    "--active",
+    metavar="SHARES",
+    callback=shares,
+    help="Budgets to measure, as shares of the dense layers' bytes, by commas; by default the model's own.",
+)
+@click.option(
+    "--batch", "batches", metavar="COUNTS", callback=_counts, default="1,4,16", show_default=True,
+    help="How many prompts are continued at once, by commas.",
+)  # fmt: skip
+@click.option("--prompt", type=COUNT, default=512, show_default=True, help="Tokens of the prompt that is read at once.")
+@click.option("--new", type=COUNT, default=32, show_default=True, help="Tokens by which prompts are continued.")
+@click.option("--repeats", type=COUNT, default=5, show_default=True, help="Measurements of each kind.")
+@click.option("--device", default="cpu", show_default=True, help=describe("device"))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Number type to compute in.",
+)
+@loading
+@common
+def bench(model: str, as_json: bool, **settings: Any) -> None:
+    """Measure how fast the converted MODEL decodes and reads prompts beside its dense one.
+
+    Both take turns in one run, generating from random prompts. "limit" is how much faster the model would be if the
+    converted layers took just their share of the dense layers' time; what else the model does bounds it.
+
+    \b
+    Examples:
+      peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M
+      peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --active 0.25,0.5 --dtype bfloat16
+      peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --batch 1 --json
+    """
+    with library(as_json) as progress:
+        from peerify.bench import bench_checkpoint
+
+        result = bench_checkpoint(model, progress=progress, **settings)
+    from peerify.cli import bench_tables, tables
+
+    tables.print_json(result) if as_json else bench_tables.print_bench(result)
+
+
+@cli.command()
+@common
+def env(as_json: bool) -> None:
+    """Show versions, devices, and which fast paths are there, or why not.
+
+    \b
+    Examples:
+      peerify env
+      peerify env --json
+    """
+    with library(as_json):
+        from peerify.environment import environment
+
+        result = environment()
+    from peerify.cli import bench_tables, tables
+
+    tables.print_json(result) if as_json else bench_tables.print_environment(result)
