@@ -54,7 +54,19 @@ def test_no_export_is_hidden_by_a_module() -> None:
 # Each package and module imports from those before it, and from itself.
 LEVELS = [
     *("errors", "progress", "modules", "memory", "reading", "hub_calls", "config", "discovery", "modeling"),
-    *("checkpoint", "data", "conversion", "publishing", "evaluation", "training", "pipeline", "cli", "__main__"),
+    *(
+        "environment",
+        "checkpoint",
+        "data",
+        "conversion",
+        "publishing",
+        "evaluation",
+        "bench",
+        "training",
+        "pipeline",
+        "cli",
+        "__main__",
+    ),
 ]
 
 
