@@ -52,21 +52,13 @@ from .peer_cpu_vectors import (
     TOGETHER,
     add_codes,
     add_full,
-    address,
-    after,
-    at,
-    bytes_,
     dots,
-    fetch,
-    floats,
     full_dots,
-    halves,
     key_products,
-    take,
-    words,
 )
+from .peer_vectors import address, after, at, bytes_, fetch, floats, halves, take, words
 
-try:  # see peer_cpu_vectors.py
+try:  # see peer_vectors.py
     from numba import carray, cfunc, njit, types
 except ImportError:
     raise
