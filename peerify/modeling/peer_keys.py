@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .peer_selection import cell_scores, topk_indices
+from .peer_selection import cell_scores, sorted_topk, topk_indices
 
 
 class ProductKeys(nn.Module):
@@ -153,8 +153,8 @@ class ProductKeys(nn.Module):
         if topk * topk < rows * columns:
             # With rows and columns sorted, (i+1)(j+1) cells are at least as good as cell (i, j): only those pairs
             # with (i+1)(j+1) <= topk can be among the best, about k ln k instead of k^2.
-            row_tha, row_index = row_tha.topk(min(topk, rows), dim=-1)
-            column_thb, column_index = column_thb.topk(min(topk, columns), dim=-1)
+            row_tha, row_index = sorted_topk(row_tha, min(topk, rows))
+            column_thb, column_index = sorted_topk(column_thb, min(topk, columns))
             pairs = [
                 (i, j) for i in range(row_tha.shape[-1]) for j in range(min(topk // (i + 1), column_thb.shape[-1]))
             ]

@@ -24,17 +24,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .peer_gathered import searches, topk_places
+
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` largest along the last dimension, in no order.
 
     Many equal values make it several times as slow on a CPU.
     """
+    if searches(score, k):
+        return topk_places(score, k)
     if _eager_on_cpu(score):
         place = score.shape[-1] - k
         index = np.argpartition(score.detach().numpy(), place, axis=-1)  # several times as fast as topk
         return torch.from_numpy(index[..., place:].copy())
     return score.topk(k, dim=-1, sorted=False).indices
+
+
+def sorted_topk(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest along the last dimension in falling order, and their indices."""
+    if searches(score, k):
+        index = topk_places(score, k)
+        return score.gather(-1, index), index
+    values, index = score.topk(k, dim=-1)
+    return values, index
 
 
 def threshold(score: torch.Tensor, k: int) -> torch.Tensor:

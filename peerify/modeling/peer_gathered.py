@@ -1,0 +1,249 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""Experts that are given as indices, evaluated on a CPU without a copy of their rows; and the search for the best keys.
+
+Three products make up the experts and all of their derivatives. With table_nd and the experts index_tk of each token,
+
+    project:  z_tk = x_td . table[index_tk]             combine:  y_td = sum over k of a_tk table[index_tk]
+    scatter:  table_nd = sum over all (t, k) with index_tk = n of a_tk x_td
+
+and the derivatives of each are the other two: that of a product with a table is a scatter, and so on. Plain PyTorch
+makes a (t, k, d) copy of rows for the first two. Activation functions stand between them and are PyTorch's own.
+
+Sums are in float32, whatever the tables have. A row of a scatter is summed in the order of tokens by one thread, so that
+gradients are the same every time. Where kernels cannot be used (peer_kernels.py), or for numbers that they do not take,
+layers run without them.
+
+Shape suffixes: t tokens, d d_model, n experts, k experts of a token, p pairs of a token and an expert, s experts that
+any token has, r rows of scores, m scores of a row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .peer_kernels import kernel, obstacle, run
+
+# What a kernel is told, by place: numbers, and addresses of contiguous arrays of float32 or as said.
+(
+    PRODUCT,
+    NUMBERS,  # (t, k): z or a
+    VECTORS,  # (t, d): x or y. In a search the scores (r, m)
+    TABLE,  # (n, d), in a number type of its own
+    INDEX,  # int64 (t, k). In a search its result (r, k)
+    NEXT,  # the first piece of the work that no thread has taken
+    COUNT,  # tokens, experts that any token has, or rows of scores
+    WIDTH,  # d or m
+    EACH,  # k
+    ROW_BYTES,  # of the table
+    ORDER,  # int64 (p,): pairs, those of one expert beside each other
+    START,  # int64 (s + 1,): where those of each expert begin
+    EXPERT,  # int64 (s,): which expert it is
+    FIELDS,
+) = range(14)
+PROJECT, COMBINE, SCATTER = range(3)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LANES = 16  # numbers of a vector
+MOST_KEPT = 64  # by insertion; beyond, to sort all is faster
+Frame = ctypes.c_int64 * FIELDS
+
+
+class Rows:
+    """Which rows of the tables each token meets.
+
+    Args:
+        index_tk: experts, int64.
+        experts: how many there are.
+    """
+
+    def __init__(self, index_tk: torch.Tensor, experts: int) -> None:
+        self.index_tk, self.experts = index_tk.contiguous(), experts
+
+    @property
+    def shared(self) -> bool:
+        """Whether tokens have so many experts in common that to go by experts reads fewer rows from memory."""
+        return len(self.index_tk) > 1 and 4 * self.index_tk.numel() > self.experts
+
+    @functools.cached_property
+    def by_expert(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pairs by expert (p,), where those of each expert begin (s + 1,), and which expert it is (s,)."""
+        expert_p, order_p = self.index_tk.flatten().sort(stable=True)
+        expert_s, count_s = torch.unique_consecutive(expert_p, return_counts=True)
+        start = torch.zeros(len(expert_s) + 1, dtype=torch.int64)
+        torch.cumsum(count_s, 0, out=start[1:])
+        return order_p, start, expert_s
+
+
+def _run(product: int, numbers_tk: torch.Tensor, vectors_td: torch.Tensor, table_nd: torch.Tensor, rows: Rows) -> None:
+    """One of the products, of contiguous tensors; it overwrites the one of them that is its result."""
+    frame = Frame()
+    frame[PRODUCT], frame[COUNT] = product, len(vectors_td)
+    frame[WIDTH], frame[EACH] = vectors_td.shape[1], numbers_tk.shape[1]
+    frame[ROW_BYTES] = table_nd.shape[1] * table_nd.element_size()
+    frame[NUMBERS], frame[VECTORS], frame[TABLE] = numbers_tk.data_ptr(), vectors_td.data_ptr(), table_nd.data_ptr()
+    frame[INDEX] = rows.index_tk.data_ptr()
+    if product == SCATTER:
+        order_p, start, expert_s = rows.by_expert
+        frame[COUNT] = len(expert_s)
+        frame[ORDER], frame[START], frame[EXPERT] = order_p.data_ptr(), start.data_ptr(), expert_s.data_ptr()
+    elif product == PROJECT and rows.shared:
+        frame[ORDER] = rows.by_expert[0].data_ptr()
+    run(_work(table_nd.dtype), frame)
+
+
+class Project(torch.autograd.Function):
+    """z_tk of x_td (float32), a table and `Rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_td: torch.Tensor, table_nd: torch.Tensor, rows: Rows) -> torch.Tensor:
+        x_td = x_td.contiguous()
+        ctx.save_for_backward(x_td, table_nd)
+        ctx.rows = rows
+        z_tk = x_td.new_empty(rows.index_tk.shape)
+        _run(PROJECT, z_tk, x_td, table_nd, rows)
+        return z_tk
+
+    @staticmethod
+    def backward(ctx: Any, grad_tk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x_td, table_nd = ctx.saved_tensors
+        to_x, to_table, _ = ctx.needs_input_grad
+        return (
+            Combine.apply(grad_tk, table_nd, ctx.rows) if to_x else None,
+            Scatter.apply(grad_tk, x_td, ctx.rows, table_nd.dtype) if to_table else None,
+            None,
+        )
+
+
+class Combine(torch.autograd.Function):
+    """y_td of a_tk (float32), a table and `Rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, a_tk: torch.Tensor, table_nd: torch.Tensor, rows: Rows) -> torch.Tensor:
+        a_tk = a_tk.contiguous()
+        ctx.save_for_backward(a_tk, table_nd)
+        ctx.rows = rows
+        y_td = a_tk.new_empty(len(a_tk), table_nd.shape[1])
+        _run(COMBINE, a_tk, y_td, table_nd, rows)
+        return y_td
+
+    @staticmethod
+    def backward(ctx: Any, grad_td: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        a_tk, table_nd = ctx.saved_tensors
+        to_a, to_table, _ = ctx.needs_input_grad
+        return (
+            Project.apply(grad_td, table_nd, ctx.rows) if to_a else None,
+            Scatter.apply(a_tk, grad_td, ctx.rows, table_nd.dtype) if to_table else None,
+            None,
+        )
+
+
+class Scatter(torch.autograd.Function):
+    """table_nd, in a number type of its own, of a_tk and x_td (float32) and `Rows`: 0 where no token has the expert."""
+
+    @staticmethod
+    def forward(ctx: Any, a_tk: torch.Tensor, x_td: torch.Tensor, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+        a_tk, x_td = a_tk.contiguous(), x_td.contiguous()
+        ctx.save_for_backward(a_tk, x_td)
+        ctx.rows = rows
+        table_nd = _zeros(rows.experts, x_td.shape[1], dtype)
+        _run(SCATTER, a_tk, x_td, table_nd, rows)
+        return table_nd
+
+    @staticmethod
+    def backward(ctx: Any, grad_nd: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        a_tk, x_td = ctx.saved_tensors
+        to_a, to_x, _, _ = ctx.needs_input_grad
+        grad_nd = grad_nd.contiguous()
+        return (
+            Project.apply(x_td, grad_nd, ctx.rows) if to_a else None,
+            Combine.apply(a_tk, grad_nd, ctx.rows) if to_x else None,
+            None,
+            None,
+        )
+
+
+def _zeros(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A table of zeros. Numpy asks for zeroed memory, of which the system makes only what is written."""
+    if dtype == torch.float32:
+        return torch.from_numpy(np.zeros((rows, width), np.float32))
+    return torch.from_numpy(np.zeros((rows, width), np.int16)).view(dtype)
+
+
+def topk_places(score: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the `k` largest along the last dimension, in falling order; `searches` says when."""
+    score = score.detach().contiguous()
+    index = torch.empty(*score.shape[:-1], k, dtype=torch.int64)
+    frame = Frame()
+    frame[VECTORS], frame[INDEX] = score.data_ptr(), index.data_ptr()
+    frame[COUNT], frame[WIDTH], frame[EACH] = index.numel() // k, score.shape[-1], k
+    run(_search(), frame)
+    return index
+
+
+# --- Whether they can be used -------------------------------------------------------------------------------------
+
+
+def usable(x_td: torch.Tensor, *tables: torch.Tensor) -> bool:
+    """Whether the products can be computed of these tokens and tables."""
+    u_nd = tables[0]
+    mixed = torch.is_autocast_enabled("cpu")
+    return (
+        _plain(x_td)
+        and x_td.dtype in DTYPES
+        and (mixed or x_td.dtype == u_nd.dtype)
+        and u_nd.shape[1] % LANES == 0
+        and all(
+            type(table) in (torch.Tensor, nn.Parameter)
+            and table.is_cpu
+            and table.dtype == u_nd.dtype in DTYPES
+            and table.is_contiguous()
+            for table in tables
+        )
+        and obstacle() is None
+        and _work(u_nd.dtype) is not None
+    )
+
+
+def searches(score: torch.Tensor, k: int) -> bool:
+    """Whether `topk_places` can be used, and takes less time than PyTorch."""
+    return (
+        _plain(score)
+        and score.dtype == torch.float32
+        and 0 < k <= min(MOST_KEPT, score.shape[-1])
+        and obstacle() is None
+        and _search() is not None
+    )
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether that is memory of the machine to be read now, and nothing of a compiler, a tracer or a transformation."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _work(dtype: torch.dtype) -> Any:
+    return _kernel(str(dtype).removeprefix("torch."))
+
+
+def _search() -> Any:
+    return _kernel("search")
+
+
+def _kernel(what: str) -> Any:
+    def compile_it() -> Any:
+        from .peer_gathered_kernel import compiled
+
+        return compiled(what)
+
+    return kernel(f"kernel for gathered rows ({what})", compile_it)
