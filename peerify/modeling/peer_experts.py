@@ -84,7 +84,8 @@ class ExpertPool(nn.Module):
             y_td = self._by_kernel(x_td, found)
             return y_td + self._shared(x_td) if self.num_shared else y_td
         at_once = max(1, GATHERED // (found.index_tk.shape[1] * x_td.shape[1]))
-        if x_td.device.type == "cpu" and len(x_td) > at_once:
+        # Each part would make gradients of whole tables of its own.
+        if x_td.device.type == "cpu" and len(x_td) > at_once and not torch.is_grad_enabled():
             parts = zip(x_td.split(at_once), found.split(at_once), strict=True)
             return torch.cat([self.gathered(x, part) for x, part in parts])
         index_tk, weight_tk = found

@@ -1,5 +1,5 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
-"""Experts that are given as indices, evaluated on a CPU without a copy of their rows; and the search for the best keys.
+"""Experts that are given as indices, evaluated on a CPU without a copy of their rows.
 
 Three products make up the experts and all of their derivatives. With table_nd and the experts index_tk of each token,
 
@@ -9,36 +9,36 @@ Three products make up the experts and all of their derivatives. With table_nd a
 and the derivatives of each are the other two: that of a product with a table is a scatter, and so on. Plain PyTorch
 makes a (t, k, d) copy of rows for the first two. Activation functions stand between them and are PyTorch's own.
 
-Sums are in float32, whatever the tables have. A row of a scatter is summed in the order of tokens by one thread, so that
-gradients are the same every time. Where kernels cannot be used (peer_kernels.py), or for numbers that they do not take,
-layers run without them.
+Sums are in float32, whatever the tables have. A row of a scatter is summed in the order of tokens by one thread, so
+gradients are the same every time. Where kernels cannot be used (peer_kernels.py), or do not fit, layers run without.
 
 Shape suffixes: t tokens, d d_model, n experts, k experts of a token, p pairs of a token and an expert, s experts that
-any token has, r rows of scores, m scores of a row.
+any token has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from .peer_kernels import kernel, obstacle, run
+from .peer_kernels import kernel, obstacle, plain, run
 
 # What a kernel is told, by place: numbers, and addresses of contiguous arrays of float32 or as said.
 (
     PRODUCT,
     NUMBERS,  # (t, k): z or a
-    VECTORS,  # (t, d): x or y. In a search the scores (r, m)
+    VECTORS,  # (t, d): x or y
     TABLE,  # (n, d), in a number type of its own
-    INDEX,  # int64 (t, k). In a search its result (r, k)
+    INDEX,  # int64 (t, k)
     NEXT,  # the first piece of the work that no thread has taken
-    COUNT,  # tokens, experts that any token has, or rows of scores
-    WIDTH,  # d or m
+    COUNT,  # tokens, or in a scatter experts that any token has
+    WIDTH,  # d
     EACH,  # k
     ROW_BYTES,  # of the table
     ORDER,  # int64 (p,): pairs, those of one expert beside each other
@@ -49,7 +49,6 @@ from .peer_kernels import kernel, obstacle, run
 PROJECT, COMBINE, SCATTER = range(3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES = 16  # numbers of a vector
-MOST_KEPT = 64  # by insertion; beyond, to sort all is faster
 Frame = ctypes.c_int64 * FIELDS
 
 
@@ -150,7 +149,7 @@ class Scatter(torch.autograd.Function):
         a_tk, x_td = a_tk.contiguous(), x_td.contiguous()
         ctx.save_for_backward(a_tk, x_td)
         ctx.rows = rows
-        table_nd = _zeros(rows.experts, x_td.shape[1], dtype)
+        table_nd = _zeros(rows, x_td.shape[1], dtype)
         _run(SCATTER, a_tk, x_td, table_nd, rows)
         return table_nd
 
@@ -167,22 +166,16 @@ class Scatter(torch.autograd.Function):
         )
 
 
-def _zeros(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A table of zeros. Numpy asks for zeroed memory, of which the system makes only what is written."""
-    if dtype == torch.float32:
-        return torch.from_numpy(np.zeros((rows, width), np.float32))
-    return torch.from_numpy(np.zeros((rows, width), np.int16)).view(dtype)
-
-
-def topk_places(score: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the `k` largest along the last dimension, in falling order; `searches` says when."""
-    score = score.detach().contiguous()
-    index = torch.empty(*score.shape[:-1], k, dtype=torch.int64)
-    frame = Frame()
-    frame[VECTORS], frame[INDEX] = score.data_ptr(), index.data_ptr()
-    frame[COUNT], frame[WIDTH], frame[EACH] = index.numel() // k, score.shape[-1], k
-    run(_search(), frame)
-    return index
+def _zeros(rows: Rows, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A table of zeros in memory of its own, of which the system makes only those pages that are written."""
+    size = rows.experts * width * dtype.itemsize
+    if size < 2**20 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(rows.experts, width, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if 4 * rows.index_tk.numel() > rows.experts and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system may be built without
+            memory.madvise(mmap.MADV_HUGEPAGE)  # most pages are written: faster by the larger ones
+    return torch.frombuffer(memory, dtype=dtype).view(rows.experts, width)
 
 
 # --- Whether they can be used -------------------------------------------------------------------------------------
@@ -193,7 +186,7 @@ def usable(x_td: torch.Tensor, *tables: torch.Tensor) -> bool:
     u_nd = tables[0]
     mixed = torch.is_autocast_enabled("cpu")
     return (
-        _plain(x_td)
+        plain(x_td)
         and x_td.dtype in DTYPES
         and (mixed or x_td.dtype == u_nd.dtype)
         and u_nd.shape[1] % LANES == 0
@@ -209,41 +202,12 @@ def usable(x_td: torch.Tensor, *tables: torch.Tensor) -> bool:
     )
 
 
-def searches(score: torch.Tensor, k: int) -> bool:
-    """Whether `topk_places` can be used, and takes less time than PyTorch."""
-    return (
-        _plain(score)
-        and score.dtype == torch.float32
-        and 0 < k <= min(MOST_KEPT, score.shape[-1])
-        and obstacle() is None
-        and _search() is not None
-    )
-
-
-def _plain(tensor: torch.Tensor) -> bool:
-    """Whether that is memory of the machine to be read now, and nothing of a compiler, a tracer or a transformation."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
-
-
 def _work(dtype: torch.dtype) -> Any:
-    return _kernel(str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
 
-
-def _search() -> Any:
-    return _kernel("search")
-
-
-def _kernel(what: str) -> Any:
     def compile_it() -> Any:
         from .peer_gathered_kernel import compiled
 
-        return compiled(what)
+        return compiled(name)
 
-    return kernel(f"kernel for gathered rows ({what})", compile_it)
+    return kernel(f"kernel for gathered rows in {name}", compile_it)

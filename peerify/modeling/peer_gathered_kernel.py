@@ -1,11 +1,11 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
-"""The products of peer_gathered.py and its search for the largest scores, compiled by numba.
+"""The products of peer_gathered.py, compiled by numba.
 
 Each thread takes pieces of the work until none is left. Each number of a result is computed by one thread, in an order
 that does not depend on threads, so results do not either.
 
 Shape suffixes: t tokens, d d_model, n experts, k experts of a token, p pairs of a token and an expert, s experts that
-any token has, r rows of scores, m scores of a row.
+any token has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from .peer_gathered import (
 )
 from .peer_vectors import (
     I16,
-    I32,
     I64,
     LANES,
     VECTOR,
@@ -65,8 +64,8 @@ try:  # see peer_vectors.py
 except ImportError:
     raise
 
-PIECE = 4  # tokens, experts or rows of scores that a thread takes at once
-PAIRS = 64
+PIECE = 4  # tokens, or experts, that a thread takes at once
+PAIRS = 64  # of a token and an expert
 AHEAD = 3  # rows of a table that are asked for before they are met: memory takes about as long to answer
 
 
@@ -206,70 +205,6 @@ def _scatter(frame: Any, table: Any) -> None:
             _put(total, after(table, expert[s] * width), width)
 
 
-# --- The largest of each row of scores ---------------------------------------------------------------------------
-
-
-@intrinsic
-def _above(_: Any, score: Any, __: Any) -> Any:
-    """Which of LANES scores are above a level or are no numbers, as bits."""
-
-    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
-        score, level = values
-        above = b.fcmp_unordered("ugt", load(b, score, ir.Constant(I64, 0), VECTOR), splat(b, level))
-        return b.zext(b.bitcast(above, I16), I32)
-
-    return types.int32(score, types.float32), build
-
-
-@intrinsic
-def _lowest(_: Any, __: Any) -> Any:
-    """The place of the lowest bit that is set."""
-
-    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
-        return b.zext(b.cttz(values[0], ir.Constant(ir.IntType(1), 1)), I64)
-
-    return types.int64(types.int32), build
-
-
-@njit
-def _insert(score: Any, place: int, best_k: Any, index: Any, found: int) -> None:
-    """Put a score where it belongs among the `found` best, in falling order; the last of these makes room."""
-    value = score if score == score else np.float32(np.inf)  # what is no number is to be seen
-    j = found
-    while j > 0 and best_k[j - 1] < value:
-        best_k[j], index[j] = best_k[j - 1], index[j - 1]
-        j -= 1
-    best_k[j], index[j] = value, place
-
-
-@njit
-def _largest(frame: Any) -> None:
-    rows, width, each = frame[COUNT], frame[WIDTH], frame[EACH]
-    scores, indices = floats(frame[VECTORS]), longs(frame[INDEX])
-    best_k = np.empty(each, np.float32)
-    best = at(best_k, 0)
-    while True:
-        first = take(after(frame, NEXT)) * PIECE
-        if first >= rows:
-            break
-        for r in range(first, min(rows, first + PIECE)):
-            score, index = after(scores, r * width), after(indices, r * each)
-            for m in range(each):
-                _insert(score[m], m, best, index, m)
-            m = each
-            while m + LANES <= width:
-                above = _above(after(score, m), best[each - 1])
-                while above:
-                    place = m + _lowest(above)
-                    if not score[place] <= best[each - 1]:
-                        _insert(score[place], place, best, index, each - 1)
-                    above &= above - np.int32(1)
-                m += LANES
-            for place in range(m, width):
-                if not score[place] <= best[each - 1]:
-                    _insert(score[place], place, best, index, each - 1)
-
-
 @njit
 def _product(frame: Any, table: Any) -> None:
     if frame[PRODUCT] == PROJECT:
@@ -292,11 +227,7 @@ def _float16(frame: Any) -> None:
     _product(frame, halves(frame[TABLE]))
 
 
-def _search(frame: Any) -> None:
-    _largest(frame)
-
-
-def compiled(what: str) -> Any:
-    """The products with tables of a number type, or the "search", as a C function of the address of the frame."""
-    work = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16, "search": _search}[what]
+def compiled(dtype: str) -> Any:
+    """The products with tables of that number type, as a C function of the address of the frame."""
+    work = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16}[dtype]
     return cfunc(types.void(types.CPointer(types.int64)), cache=True)(work)

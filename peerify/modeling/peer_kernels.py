@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 SWITCH = "PEERIFY_KERNELS"  # environment variable: 0 switches kernels off
 enabled = os.environ.get(SWITCH) != "0"
@@ -37,6 +38,18 @@ def obstacle() -> str | None:
 @functools.cache
 def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
+
+
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether that is memory of a CPU to be read now, and nothing of a compiler, a tracer or a transformation."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def run(work: Any, frame: Any) -> None:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .peer_gathered import searches, topk_places
+from .peer_topk import largest as by_kernel
+from .peer_topk import searches
 
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     Many equal values make it several times as slow on a CPU.
     """
     if searches(score, k):
-        return topk_places(score, k)
+        return by_kernel(score, k)
     if _eager_on_cpu(score):
         place = score.shape[-1] - k
         index = np.argpartition(score.detach().numpy(), place, axis=-1)  # several times as fast as topk
@@ -44,7 +45,7 @@ def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
 def sorted_topk(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` largest along the last dimension in falling order, and their indices."""
     if searches(score, k):
-        index = topk_places(score, k)
+        index = by_kernel(score, k)
         return score.gather(-1, index), index
     values, index = score.topk(k, dim=-1)
     return values, index
