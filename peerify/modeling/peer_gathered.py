@@ -58,10 +58,17 @@ class Rows:
     Args:
         index_tk: experts, int64.
         experts: how many there are.
+
+    Raises:
+        IndexError: there is no such expert; kernels would read what is not theirs.
     """
 
     def __init__(self, index_tk: torch.Tensor, experts: int) -> None:
         self.index_tk, self.experts = index_tk.contiguous(), experts
+        if index_tk.numel():
+            low, high = map(int, torch.aminmax(index_tk))
+            if low < 0 or high >= experts:
+                raise IndexError(f"experts {low} to {high} are asked for, of {experts}")
 
     @property
     def shared(self) -> bool:
@@ -184,16 +191,17 @@ def _zeros(rows: Rows, width: int, dtype: torch.dtype) -> torch.Tensor:
 def usable(x_td: torch.Tensor, *tables: torch.Tensor) -> bool:
     """Whether the products can be computed of these tokens and tables."""
     u_nd = tables[0]
-    mixed = torch.is_autocast_enabled("cpu")
     return (
         plain(x_td)
         and x_td.dtype in DTYPES
-        and (mixed or x_td.dtype == u_nd.dtype)
-        and u_nd.shape[1] % LANES == 0
+        and (x_td.dtype == u_nd.dtype or torch.is_autocast_enabled("cpu"))
+        and x_td.shape[1] == u_nd.shape[1]
+        and x_td.shape[1] % LANES == 0
         and all(
             type(table) in (torch.Tensor, nn.Parameter)
             and table.is_cpu
             and table.dtype == u_nd.dtype in DTYPES
+            and table.shape == u_nd.shape
             and table.is_contiguous()
             for table in tables
         )
