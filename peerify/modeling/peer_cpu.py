@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from .peer_copies import Rounded, make_codes, make_copies
 from .peer_kernels import kernel, obstacle, run
+from .peer_many import ACTIVATIONS, BLOCK
 
 # The largest share of the dense layer's bytes at which the kernel is the faster one, by number type, for up to so many
 # tokens at once. Measured by `peerify bench` on two cores with AVX-512.
@@ -33,8 +34,6 @@ FASTER = {
 }
 FEW = 8  # tokens, the most that the kernel is used for
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads
-BLOCK = 64  # experts: a cache line of codes holds what one input meets
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3, "relu2": 4}
 
 
 # What the kernel is told, by place: numbers, and addresses of contiguous arrays of float32 or as said.
