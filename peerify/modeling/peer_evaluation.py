@@ -60,7 +60,8 @@ def _by_kernels(pool: Any, x_td: torch.Tensor, copies: Copies, budget: Any, lear
         assert fine.gate_nd is not None
         projected = F.linear(x_td, fine.gate_nd, pool.gate_bias), F.linear(x_td, fine.u_nd, pool.u_bias)
     fine_tn, full_td, all_tn = choosing.settle(x_td, projected, learns)
-    y_td = choosing.coarse_tn.to(x_td.dtype) @ copies.coarse.v_nd + full_td.to(x_td.dtype)
+    y_td = choosing.coarse_tn.to(x_td.dtype) @ copies.coarse.v_nd
+    y_td = y_td + full_td.to(y_td.dtype)
     if fine_tn is not None:
         y_td = y_td + fine_tn.to(x_td.dtype) @ fine.v_nd
     return Found(y_td, choosing.tier_tn, all_tn, choosing.gate_tn, choosing.u_tn)
