@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
@@ -20,7 +19,6 @@ from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
 from .peer_cpu import faster, few_tokens, misfit, pack, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
-
 
 
 class Budget(NamedTuple):

@@ -187,7 +187,8 @@ class Choosing:
         pool, frame = self.pool, self._frame
         tables = [table.detach().contiguous() for table in (pool.gate, pool.u, pool.v)]
         biases = [
-            torch.zeros(len(pool.u)) if bias is None else bias.detach().float() for bias in (pool.gate_bias, pool.u_bias)
+            torch.zeros(len(pool.u)) if bias is None else bias.detach().float()
+            for bias in (pool.gate_bias, pool.u_bias)
         ]
         numbers = [None, None] if fine is None else [z.float().contiguous() for z in fine]
         fine_tn = None if fine is None else torch.empty_like(self.coarse_tn)

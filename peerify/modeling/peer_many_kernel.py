@@ -19,8 +19,8 @@ from .peer_many import (
     ALL_A,
     BIAS,
     BLOCK,
-    CODE,
     COARSE_A,
+    CODE,
     COLUMNS,
     D_MODEL,
     ERROR,
@@ -51,7 +51,7 @@ from .peer_many import (
     X,
     Y,
 )
-from .peer_vectors import after, at, bytes_, floats, halves, take, words
+from .peer_vectors import after, bytes_, floats, halves, take, words
 
 try:  # see peer_vectors.py
     from numba import carray, cfunc, njit, types
@@ -69,7 +69,9 @@ ANY_ORDER = {"reassoc"}
 @njit(inline="always")
 def _as_bfloat16(x: Any) -> Any:
     bits = np.float32(x).view(np.int32)
-    return np.int32((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)).view(np.float32)
+    return np.int32((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)).view(
+        np.float32
+    )
 
 
 @njit(fastmath=ANY_ORDER, error_model="numpy")
@@ -207,7 +209,9 @@ def _settle(frame: Any, gate: Any, up: Any, out: Any) -> None:
                     u_tn[t, n] = fine_u_tn[t, n] if is_fine else u_tn[t, n]
         for n in range(experts):
             if tier_tn[t, n] == FULL:
-                z_gate, z_u = full_dots(after(gate, n * d_model), after(up, n * d_model), after(x, t * d_model), d_model)
+                z_gate, z_u = full_dots(
+                    after(gate, n * d_model), after(up, n * d_model), after(x, t * d_model), d_model
+                )
                 z_gate += bias_2n[0, n]
                 z_u += bias_2n[1, n]
                 one_11[0, 0] = z_gate

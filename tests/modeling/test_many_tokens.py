@@ -65,7 +65,12 @@ def test_a_number_that_is_none_is_not_hidden() -> None:
     assert found.numbers[:, [0, 2]].isfinite().all()
 
 
-FORMS = [{"activation": "silu"}, {"activation": "gelu"}, {"activation": "relu"}, {"expert_bias": True, "gate_bias": True}]
+FORMS = [
+    {"activation": "silu"},
+    {"activation": "gelu"},
+    {"activation": "relu"},
+    {"expert_bias": True, "gate_bias": True},
+]
 
 
 @pytest.mark.parametrize("dtype", NUMBER_TYPES)
