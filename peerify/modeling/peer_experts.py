@@ -80,7 +80,7 @@ class ExpertPool(nn.Module):
 
     def gathered(self, x_td: torch.Tensor, found: Retrieved) -> torch.Tensor:
         """`forward` of routed experts that are given as indices: only their rows are read."""
-        if usable(x_td, *(table for table in (self.u, self.v, self.gate) if table is not None)):
+        if self.has_kernel(x_td):
             y_td = self._by_kernel(x_td, found)
             return y_td + self._shared(x_td) if self.num_shared else y_td
         at_once = max(1, GATHERED // (found.index_tk.shape[1] * x_td.shape[1]))
@@ -98,6 +98,10 @@ class ExpertPool(nn.Module):
         a_tk = self.activate(project(self.u, self.u_bias), gate_tk) * weight_tk.to(x_td.dtype)
         y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
         return y_td + self._shared(x_td) if self.num_shared else y_td
+
+    def has_kernel(self, x_td: torch.Tensor) -> bool:
+        """Whether `gathered` makes no copies of rows for these tokens."""
+        return usable(x_td, *(table for table in (self.u, self.v, self.gate) if table is not None))
 
     def _by_kernel(self, x_td: torch.Tensor, found: Retrieved) -> torch.Tensor:
         """`gathered` without copies of rows and without the always-on experts; computed in float32."""
