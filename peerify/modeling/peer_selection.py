@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .peer_kernels import plain
 from .peer_topk import largest as by_kernel
 from .peer_topk import searches
 
@@ -82,8 +83,8 @@ def largest(score: torch.Tensor, level: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _eager_on_cpu(score: torch.Tensor) -> bool:
-    """Where numpy, which selects many times as fast as torch, can be used: it can be neither compiled nor traced."""
-    return score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Where numpy, which selects many times as fast as torch, can be used."""
+    return plain(score)
 
 
 def cell_scores(keys: Any, row_tha: torch.Tensor, column_thb: torch.Tensor) -> torch.Tensor:
