@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from .peer_kernels import plain
+from .peer_topk import Picked, searches
 from .peer_topk import largest as by_kernel
-from .peer_topk import searches
 
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def sorted_topk(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     """The `k` largest along the last dimension in falling order, and their indices."""
     if searches(score, k):
         index = by_kernel(score, k)
-        return score.gather(-1, index), index
+        return Picked.apply(score, index), index
     values, index = score.topk(k, dim=-1)
     return values, index
 

@@ -264,6 +264,23 @@ def test_gradient_checkpointing(seed: int) -> None:
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+def test_what_the_backward_pass_needs_does_not_grow_with_the_experts(seed: int) -> None:
+    kept = []
+    for side in (20, 60):
+        layer, sizes = layer_of(seed, side=side), []
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+
+        def keep(tensor: Tensor, own: set[int] = own, sizes: list[int] = sizes) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(normals(6, 32, seed=seed + 1).float())
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] > 0
+
+
 def test_what_transforms_functions_goes_by_the_plain_way(seed: int) -> None:
     layer, x = layer_of(seed).requires_grad_(False), normals(3, 32, seed=seed + 1).float()
     expected = gradients(layer.requires_grad_(), x)["x"]
