@@ -18,7 +18,6 @@ any token has.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -174,14 +173,14 @@ class Scatter(torch.autograd.Function):
 
 
 def _zeros(rows: Rows, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A table of zeros in memory of its own, of which the system makes only those pages that are written."""
+    """A table of zeros in memory of its own, of which the system makes only those pages that are written.
+
+    Large pages would be fewer, but the system may take a second to find room for them.
+    """
     size = rows.experts * width * dtype.itemsize
     if size < 2**20 or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(rows.experts, width, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if 4 * rows.index_tk.numel() > rows.experts and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system may be built without
-            memory.madvise(mmap.MADV_HUGEPAGE)  # most pages are written: faster by the larger ones
     return torch.frombuffer(memory, dtype=dtype).view(rows.experts, width)
 
 

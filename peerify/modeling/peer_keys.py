@@ -16,7 +16,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_selection import cell_scores, sorted_topk, topk_indices
-from .peer_topk import MOST, cells, searches
+from .peer_topk import MOST, Picked, cells, searches
 
 
 class ProductKeys(nn.Module):
@@ -132,7 +132,7 @@ class ProductKeys(nn.Module):
         row_tha, column_thb = self.sub_scores(x_td)
         if self._searches(row_tha, column_thb, topk, joint):
             row_thk, column_thk = cells(row_tha, column_thb, topk)
-            score_thk = row_tha.gather(-1, row_thk) + column_thb.gather(-1, column_thk)
+            score_thk = Picked.apply(row_tha, row_thk) + Picked.apply(column_thb, column_thk)
             return row_thk * self.grid[1] + column_thk + self._grids(x_td.device), score_thk
         index_thc, score_thc = self._candidates(row_tha, column_thb, topk)
         if joint:

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .peer_kernels import plain
+from .peer_topk import Picked, searches
 from .peer_topk import largest as by_kernel
-from .peer_topk import searches
 
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -46,7 +47,7 @@ def sorted_topk(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     """The `k` largest along the last dimension in falling order, and their indices."""
     if searches(score, k):
         index = by_kernel(score, k)
-        return score.gather(-1, index), index
+        return Picked.apply(score, index), index
     values, index = score.topk(k, dim=-1)
     return values, index
 
@@ -82,8 +83,8 @@ def largest(score: torch.Tensor, level: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _eager_on_cpu(score: torch.Tensor) -> bool:
-    """Where numpy, which selects many times as fast as torch, can be used: it can be neither compiled nor traced."""
-    return score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Where numpy, which selects many times as fast as torch, can be used."""
+    return plain(score)
 
 
 def cell_scores(keys: Any, row_tha: torch.Tensor, column_thb: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,21 @@ def cells(row_tha: torch.Tensor, column_thb: torch.Tensor, k: int) -> tuple[torc
     return row_thk.permute(back), column_thk.permute(back)
 
 
+class Picked(torch.autograd.Function):
+    """`score.gather(-1, index)`, of which the backward pass needs indices only: PyTorch's own keeps all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.width = score.shape[-1]
+        return score.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(*index.shape[:-1], ctx.width).scatter_add(-1, index, grad), None
+
+
 def _in_order(score: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Scores in the order in which they lie in memory, by heads or by tokens, so that nothing is copied; and the order
     of dimensions that leads back.
