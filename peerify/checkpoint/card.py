@@ -188,7 +188,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         "## Healing",
         _healing(record.get("training")),
         "## Limits",
-        "- The PyTorch code computes every expert and masks: it is exact, and slower than the dense layer.\n"
+        f"- {_SPEED if elastic else 'Time follows what is retrieved only where many experts face few tokens.'}\n"
         "- Quality is lower on inputs unlike those it was calibrated on.\n"
         "- What the base model should not be used for, this one should not be used for either.\n"
         "- It cannot be written as GGUF: llama.cpp has no PEER layer.",
@@ -208,6 +208,12 @@ _BUDGETS = (
     "expert in full; `from_pretrained(..., peer_active=0.25)` begins so. Where a sequence brings more than a few "
     "tokens at once, all experts are evaluated in full; `peer_prefill` and `prefill` set to `budget` keep to the "
     "budget there, too."
+)
+
+
+_SPEED = (
+    "One or two tokens at once are decoded faster on a CPU where numba is installed (`pip install numba`). Everywhere "
+    "else, on GPUs too, it takes the dense model's time."
 )
 
 
