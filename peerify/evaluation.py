@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from peerify.continuations import after_prefill
 from peerify.data import check_windows
 from peerify.errors import CheckpointError, DataError, UsageError
-from peerify.modules import peer_layers
+from peerify.modules import device_of, peer_layers, prefill
 from peerify.progress import Progress, teller
+from peerify.usage import counting, summary
 
 STAGE = "Evaluating"
 TOKENS_AT_ONCE = 128  # rows of the vocabulary softmax held in fp32; bounds memory, changes no result
@@ -72,9 +73,9 @@ def evaluate(
     done, total = 0, windows_bt.shape[0]
     tell = teller(progress)
     tell(STAGE, done, total)
-    with _counting(model) as used, prefill(model, everything=False):
+    with counting(model) as used, prefill(model, everything=False):
         for batch_bt in windows_bt.split(batch_size):
-            logits = [each(input_ids=batch_bt.to(_device(each)), use_cache=False).logits for each in models]
+            logits = [each(input_ids=batch_bt.to(device_of(each)), use_cache=False).logits for each in models]
             if len({tensor.shape[-1] for tensor in logits}) > 1:
                 raise CheckpointError(
                     f"the two models have vocabularies of {logits[0].shape[-1]} and {logits[1].shape[-1]} "
@@ -109,7 +110,7 @@ def evaluate(
             "kl": kl / predictions,
             "agreement": agreed / predictions,
         },
-        "layers": [_usage(path, module, used[path]) for path, module in peer_layers(model).items()],
+        "layers": [summary(path, module, used[path]) for path, module in peer_layers(model).items()],
     }
 
 
@@ -176,7 +177,8 @@ def evaluate_checkpoint(
         )
         result = result or measured
         if own:
-            rows.append(_budget(share, measured) | {"after_prefill": _after_prefill(ours.model, dense, windows_bt)})
+            after = after_prefill(ours.model, dense.model, windows_bt) if dense is not None else None
+            rows.append(_budget(share, measured) | {"after_prefill": after})
     assert result is not None
     if own:
         result["budgets"] = rows
@@ -207,40 +209,6 @@ def _budget(active: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     return {"active": active, **mean, "perplexity": measured["perplexity"], **compared}
 
 
-@torch.inference_mode()
-def _after_prefill(model: Any, dense: Any, windows_bt: torch.Tensor) -> float | None:
-    """See `evaluate_checkpoint`; None without a dense model, or where a model keeps no cache of what it has read."""
-    half = windows_bt.shape[1] // 2
-    if dense is None or half < 2:
-        return None
-    loss = [0.0, 0.0]
-    for row in windows_bt.split(1):
-        for i, each in enumerate((model, dense.model)):
-            ids = row.to(_device(each))
-            with prefill(each, everything=True):
-                past = each(input_ids=ids[:, :half], use_cache=True).past_key_values
-            if past is None:
-                return None
-            with prefill(each, everything=False):
-                logits = each(input_ids=ids[:, half:-1], past_key_values=past, use_cache=True).logits[0]
-            loss[i] += float(nn.functional.cross_entropy(logits.float(), ids[0, half + 1 :], reduction="sum"))
-    return math.exp((loss[0] - loss[1]) / (len(windows_bt) * (windows_bt.shape[1] - half - 1)))
-
-
-@contextmanager
-def prefill(model: nn.Module, *, everything: bool) -> Iterator[None]:
-    """While open, layers with budgets evaluate everything of many tokens at once, or keep to their budget."""
-    layers = [layer for layer in peer_layers(model).values() if hasattr(layer, "prefill_all")]
-    before = [layer.prefill_all for layer in layers]
-    for layer in layers:
-        layer.prefill_all = everything
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.prefill_all = was
-
-
 def _labelled(progress: Progress | None, label: str) -> Progress | None:
     return progress and (lambda stage, done, total: progress(f"{stage}, {label}", done, total))
 
@@ -256,10 +224,6 @@ def _check(model: Any, windows_bt: torch.Tensor) -> None:
     check_windows(windows_bt, model)
 
 
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
-
-
 def _perplexity(mean_loss: float, model: nn.Module) -> float:
     if not math.isfinite(mean_loss):
         raise CheckpointError(
@@ -267,55 +231,3 @@ def _perplexity(mean_loss: float, model: nn.Module) -> float:
             "and check the weights"
         )
     return math.exp(min(mean_loss, 700.0))  # e^709 is the largest double
-
-
-class _Used:
-    """What the tokens seen so far used of a layer."""
-
-    def __init__(self, layer: Any) -> None:
-        self.count_n = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.tokens, self.bytes, self.macs = 0, 0.0, 0.0
-
-    def add(self, mask_tn: torch.Tensor, read: float, done: float) -> None:
-        tokens = len(mask_tn)
-        self.count_n += mask_tn.sum(dim=0).cpu()
-        self.tokens += tokens
-        self.bytes, self.macs = self.bytes + read * tokens, self.macs + done * tokens
-
-
-@contextmanager
-def _counting(model: nn.Module) -> Iterator[dict[str, _Used]]:
-    """While open, every forward adds to {path: what was used of the layer}."""
-    used: dict[str, _Used] = {}
-    hooks, watched = [], []
-    for path, layer in peer_layers(model).items():
-        used[path] = _Used(layer)
-        if getattr(layer, "budget", None) is not None and layer.budget.price > 0:  # says itself what it chooses, once
-            layer.watch(used[path].add)
-            watched.append(layer)
-            continue
-
-        def count(module: Any, args: tuple[torch.Tensor, ...], path: str = path) -> None:
-            used[path].add(*module.usage(args[0].flatten(0, -2)))
-
-        hooks.append(layer.register_forward_pre_hook(count))
-    try:
-        yield used
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in watched:
-            layer.watch(None)
-
-
-def _usage(path: str, layer: Any, used: _Used) -> dict[str, Any]:
-    share_n = used.count_n / used.count_n.sum().clamp_min(1)
-    entropy = torch.special.entr(share_n).sum().item()
-    return {
-        "path": path,
-        "num_experts": int(layer.num_experts),
-        "bytes_fraction": used.bytes / max(1, used.tokens),
-        "macs_fraction": used.macs / max(1, used.tokens),
-        "usage": (used.count_n > 0).double().mean().item(),
-        "kl_uniform": max(0.0, math.log(len(share_n)) - entropy),
-    }
