@@ -56,10 +56,12 @@ def evaluate(
         ``{"perplexity", "tokens", "against", "layers"}``. tokens counts what was read. against is None or
         ``{"perplexity", "ratio", "kl", "agreement"}``, kl the mean KL(dense || model) per predicted token in nats,
         agreement the share of them for which both models find the same token most likely. Each
-        PEER layer has ``{"path", "num_experts", "bytes_fraction", "macs_fraction", "usage", "kl_uniform"}``: the
-        fractions are what a token took of the dense layer's bytes (in bfloat16) and multiply-adds, everything counted;
-        usage is the share of experts evaluated at least once, kl_uniform the KL from uniform of how often each was
-        (PEER paper, table 2).
+        PEER layer has ``{"path", "num_experts", "bytes_fraction", "macs_fraction", "usage", "kl_uniform",
+        "effective_experts", "bytes_per_token"}``: the fractions are what a token took of the dense layer's bytes (in
+        bfloat16) and multiply-adds, everything counted; usage is the share of experts evaluated at least once,
+        kl_uniform the KL from uniform of how often each was (PEER paper, table 2), effective_experts exp of the entropy
+        of that: so many experts, used equally often, would be as even. bytes_per_token is ``{"p5", "p50", "p95"}``: so
+        many of a hundred tokens take at most that share of the dense layer's bytes, to 0.001.
 
     Raises:
         CheckpointError, UsageError: see `perplexity`; also where the two vocabularies differ.

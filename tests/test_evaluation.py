@@ -22,6 +22,7 @@ from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.evaluation import evaluate, evaluate_checkpoint, perplexity
 from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
+from peerify.usage import Used, summary
 
 
 def random_windows(rows: int, context: int) -> torch.Tensor:
@@ -141,6 +142,7 @@ def test_usage_counts_every_retrieval_of_every_token() -> None:
         assert row["kl_uniform"] == pytest.approx(
             sum(share * math.log(share * layer.num_experts) for share in shares), rel=1e-6
         )
+        assert row["effective_experts"] == pytest.approx(math.prod(share**-share for share in shares), rel=1e-6)
     assert result["layers"][0]["usage"] <= 9 / 12
 
 
@@ -162,6 +164,7 @@ def test_peer_layers_are_counted_by_their_own_account() -> None:
     dense, query, keys = 3 * 24 * 16, 2 * 8 * 16, 2 * (4 + 6) * 4
     assert row["bytes_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
     assert row["macs_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
+    assert row["bytes_per_token"] == pytest.approx(dict.fromkeys(("p5", "p50", "p95"), row["bytes_fraction"]), abs=5e-4)
 
 
 @pytest.fixture
@@ -191,9 +194,34 @@ def test_layers_with_budgets_are_counted_at_the_budget(elastic: Any) -> None:
             assert row["usage"] == pytest.approx(mask_tn.any(0).double().mean().item())
             assert row["bytes_fraction"] == pytest.approx(read)
             assert row["macs_fraction"] == pytest.approx(done)
+            reads = sorted(layer.usage(x_d[None])[1] for x_d in torch.cat(inputs))  # of each token by itself
+            assert (reads[0] == reads[-1]) == (active == 1)
+            for percent in (5, 50, 95):
+                at_most = reads[math.ceil(percent / 100 * len(reads)) - 1]
+                assert row["bytes_per_token"][f"p{percent}"] == pytest.approx(at_most, abs=0.00051)
             assert layer.prefill_all
             assert layer.pool.observer is None
         assert (result["against"]["kl"] < 1e-9) == (active == 1)
+
+
+def test_percentiles_are_those_of_all_tokens_one_by_one() -> None:
+    used = Used(Retrieving(4, 3, never=0))
+    assert [used.percentile(percent) for percent in (5, 50, 95)] == [0, 0, 0], "no tokens"
+    parts = [torch.rand(random.randint(1, 60), dtype=torch.float64) ** 2 * 2 for _ in range(5)]
+    for read_t in parts:
+        used.add(torch.ones(len(read_t), 3, dtype=torch.bool), read_t, read_t)
+    reads = sorted(torch.cat(parts).tolist())
+    for percent in (1, 5, 50, 95, 100):
+        assert used.percentile(percent) == pytest.approx(reads[math.ceil(percent / 100 * len(reads)) - 1], abs=0.00051)
+    used.add(torch.ones(1000, 3, dtype=torch.bool), *[torch.full((1000,), 1e9)] * 2)
+    assert used.percentile(95) == 10, "a layer that reads absurdly much takes no more memory"
+
+
+def test_a_layer_that_no_token_reached_used_nothing() -> None:
+    layer = Retrieving(16, 12, never=0)
+    row = summary("mlp", layer, Used(layer))
+    assert (row["usage"], row["effective_experts"]) == (0, 0)
+    assert row["bytes_per_token"] == {"p5": 0, "p50": 0, "p95": 0}
 
 
 def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:

@@ -151,17 +151,32 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     layers = result["layers"]
     if not layers:
         return
-    keys = ("bytes_fraction", "macs_fraction", "usage", "kl_uniform")
-    table = _table("layer", ">experts", ">bytes", ">multiply-adds", ">used", ">KL from uniform")
+    _print_layers(console, layers)
 
-    def cells(values: Mapping[str, float]) -> list[str]:
-        return [*(f"{values[key]:.1%}" for key in keys[:3]), f"{values[keys[3]]:.3f}"]
 
+def _print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
+    """What tokens used of each PEER layer, then the means; headings of two lines fit 80 columns."""
+    table = _table(
+        "layer", ">experts", ">bytes", ">p5–p95\nof tokens", ">multiply-\nadds", ">used", ">used\neffectively"
+    )
     for layer in layers:
-        table.add_row(layer["path"], f"{layer['num_experts']:,}", *cells(layer))
+        low, high = layer["bytes_per_token"]["p5"], layer["bytes_per_token"]["p95"]
+        spread = f"{100 * low:.0f}–{high:.0%}"
+        table.add_row(layer["path"], f"{layer['num_experts']:,}", *_used(layer, spread))
+    keys = ("bytes_fraction", "macs_fraction", "usage", "effective_experts")
     table.add_section()
-    table.add_row("mean", "", *cells({key: sum(layer[key] for layer in layers) / len(layers) for key in keys}))
+    table.add_row("mean", "", *_used({key: sum(layer[key] for layer in layers) / len(layers) for key in keys}, ""))
     console.print(table)
+
+
+def _used(layer: Mapping[str, Any], spread: str) -> list[str]:
+    return [
+        f"{layer['bytes_fraction']:.1%}",
+        spread,
+        f"{layer['macs_fraction']:.1%}",
+        f"{layer['usage']:.1%}",
+        f"{layer['effective_experts']:,.0f}",
+    ]
 
 
 def _print_budgets(console: Console, budgets: Sequence[Mapping[str, Any]]) -> None:

@@ -77,6 +77,8 @@ RESULT = {
             "macs_fraction": 0.7,
             "usage": 1.0,
             "kl_uniform": 0.1,
+            "effective_experts": 3.6,
+            "bytes_per_token": {"p5": 0.4, "p50": 0.5, "p95": 0.7},
         }
     ],
     "budgets": [
