@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerify.continuations import after_prefill
+from peerify.continuations import after_prefill, continuation, continue_greedily, prompts_of
 from peerify.data import check_windows
 from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.modules import device_of, peer_layers, prefill
@@ -119,7 +119,7 @@ def evaluate(
 def evaluate_checkpoint(
     source: str,
     *,
-    data: str,
+    data: str | Sequence[str],
     active: Sequence[float] = (),
     against: str | None = None,
     context: int = 512,
@@ -136,21 +136,40 @@ def evaluate_checkpoint(
     Returns:
         The dict of `evaluate` with ``"model"`` in it, and in ``"against"`` where there is one; ``"data"`` (a file by
         its name only) and ``"context"``; of a model with budgets also ``"budgets": [{"active", "bytes_fraction",
-        "macs_fraction", "perplexity", "ratio", "kl", "agreement", "after_prefill"}]``, each at a budget for every
-        token, what is asked for first, which the rest of the dict is about. ratio, kl and agreement are None without
-        `against`; after_prefill is the perplexity of the second half of each window at the budget, the first half
-        being read with everything on, over the dense model's of that half.
+        "macs_fraction", "perplexity", "ratio", "kl", "agreement", "continuation", "after_prefill"}]``, each at a budget
+        for every token, what is asked for first, which the rest of the dict is about.
+
+        ratio, kl and agreement are None without `against`, and so are continuation, which is in ``"against"`` as well,
+        and after_prefill. continuation is ``{"mean", "of", "prompts"}``: how many tokens the model adds to a prompt,
+        always the most likely one, before the dense model would have added another, as a mean over prompts from all
+        over the text and of how many at most. after_prefill is the perplexity of the second half of each window at the
+        budget, the first half being read with everything on, over the dense model's of that half. Both are None where a
+        model keeps no cache.
+
+        Of several texts: ``{"model", "context", "against", "texts"}``, against being None or ``{"model"}``, and texts
+        a list of what each would give alone.
 
     Args:
+        data: a text, or several.
         active: budgets, as shares of the dense layers' bytes; none: the model's own.
+        max_tokens: of each text.
 
     Raises:
-        CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
+        CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`; UsageError also
+            where there is no text, or two have the same name.
     """
     from peerify.checkpoint.load import load_for_eval
     from peerify.data import check_source, load_windows, public_name
 
-    check_source(data)  # a wrong name is told before a large model is read
+    specs = [data] if isinstance(data, str) else list(data)
+    for spec in specs:
+        check_source(spec)  # a wrong name is told before a large model is read
+    names = [public_name(spec) for spec in specs]
+    if not names:
+        raise UsageError("no text was given to measure on: name a .txt file or a Hub dataset")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UsageError(f"two texts have the name {name}, by which their results are told apart: rename one")
 
     def load(name: str, revision: str | None) -> Any:
         if progress is not None:
@@ -164,29 +183,53 @@ def evaluate_checkpoint(
     ours = load(source, revision)
     _check(ours.model, torch.zeros(1, 1).expand(1, context))
     own = budgets_of(ours.model, active)
-    windows_bt = load_windows([data], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
-    dense = load(against, None) if against is not None else None
-    result, rows = None, []
-    for share in active or own or [1.0]:
-        if own:
-            ours.model.set_active(share)
-        measured = evaluate(
-            ours.model,
-            windows_bt,
-            against=dense.model if dense is not None else None,
-            batch_size=batch_size,
-            progress=progress if len(active) < 2 else _labelled(progress, f"{share:.4g} active"),
-        )
-        result = result or measured
-        if own:
-            after = after_prefill(ours.model, dense.model, windows_bt) if dense is not None else None
+    texts = [
+        load_windows([spec], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
+        for spec in specs
+    ]
+    dense = load(against, None).model if against is not None else None
+    results = []
+    for name, windows_bt in zip(names, texts, strict=True):
+        tell = progress if len(texts) == 1 else _labelled(progress, name)
+        result = _at_budgets(ours.model, dense, windows_bt, (active or own) if own else (), batch_size, tell)
+        if dense is not None:
+            result["against"] = {"model": against, **result["against"]}
+        results.append({"model": source, "data": name, "context": context, **result})
+    if len(results) == 1:
+        return results[0]
+    compared = {"model": against} if against is not None else None
+    return {"model": source, "context": context, "against": compared, "texts": results}
+
+
+def _at_budgets(
+    model: Any,
+    dense: Any,
+    windows_bt: torch.Tensor,
+    shares: Sequence[float],
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What `evaluate_checkpoint` says of one text; `shares`: budgets, none for a model that has no choice."""
+    result: dict[str, Any] = {}
+    rows, dense_bn = [], None
+    budgets: Sequence[float | None] = shares or [None]
+    for share in budgets:
+        tell = progress if share is None or len(shares) == 1 else _labelled(progress, f"{share:.4g} active")
+        if share is not None:
+            model.set_active(share)
+        measured = evaluate(model, windows_bt, against=dense, batch_size=batch_size, progress=tell)
+        after = None
+        if dense is not None:
+            after = after_prefill(model, dense, windows_bt) if share is not None else None
+            prompts_bt, following = prompts_of(windows_bt, [model, dense])
+            if dense_bn is None:  # the same at every budget
+                dense_bn = continue_greedily(dense, prompts_bt, following, progress=progress)
+            alike = continuation(model, prompts_bt, dense_bn, progress=tell) if dense_bn is not None else None
+            measured["against"]["continuation"] = alike
+        if share is not None:
             rows.append(_budget(share, measured) | {"after_prefill": after})
-    assert result is not None
-    if own:
-        result["budgets"] = rows
-    if result["against"] is not None:
-        result["against"] = {"model": against, **result["against"]}
-    return {"model": source, "data": public_name(data), "context": context, **result}
+        result = result or measured
+    return result | ({"budgets": rows} if shares else {})
 
 
 def budgets_of(model: Any, active: Sequence[float]) -> list[float]:
@@ -207,7 +250,7 @@ def _budget(active: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """A row of "budgets"."""
     layers, against = measured["layers"], measured["against"] or {}
     mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("bytes_fraction", "macs_fraction")}
-    compared = {key: against.get(key) for key in ("ratio", "kl", "agreement")}
+    compared = {key: against.get(key) for key in ("ratio", "kl", "agreement", "continuation")}
     return {"active": active, **mean, "perplexity": measured["perplexity"], **compared}
 
 
