@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, random_text, tiny_model, tiny_tokenizer
+from checkpoints import VOCABULARY, random_text, text_file, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import nn
 
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.peer import PeerConfig
+from peerify.continuations import continuation, continue_greedily, prompts_of
 from peerify.conversion.model import convert
 from peerify.data import load_windows
 from peerify.errors import CheckpointError, DataError, UsageError
@@ -248,16 +249,62 @@ def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:
         for key in ("bytes_fraction", "macs_fraction"):
             assert row[key] == pytest.approx(sum(layer[key] for layer in wanted["layers"]) / 2)
         assert row["after_prefill"] == pytest.approx(naive_after_prefill(elastic, dense, windows), rel=1e-4)
+        assert row["continuation"] == continued(elastic, dense, windows)
     assert found["perplexity"] == found["budgets"][0]["perplexity"]
+    assert found["against"]["continuation"] == found["budgets"][0]["continuation"]
+    same = evaluate_checkpoint(str(tmp_path / "dense"), against=str(tmp_path / "dense"), **options)
+    assert same["against"]["continuation"] == {"mean": 32, "of": 32, "prompts": 5}, "also of models without budgets"
 
     (row,) = evaluate_checkpoint(str(tmp_path / "peer"), **options)["budgets"]
     assert row["active"] == 0.6, "the model's own"
-    assert row["ratio"] is row["kl"] is row["agreement"] is row["after_prefill"] is None
+    assert row["ratio"] is row["kl"] is row["agreement"] is row["continuation"] is row["after_prefill"] is None
     assert "budgets" not in evaluate_checkpoint(str(tmp_path / "dense"), **options)
     with pytest.raises(UsageError, match="--active is for models that were converted with copies as keys"):
         evaluate_checkpoint(str(tmp_path / "dense"), active=[0.5], **options)
     with pytest.raises(UsageError, match=r"--active 0\.01: give shares of 0\.\d+ to 1, by commas"):
         evaluate_checkpoint(str(tmp_path / "peer"), active=[0.01], **options)
+
+
+def continued(model: Any, dense: Any, windows: torch.Tensor) -> dict[str, Any] | None:
+    """What test_continuations.py compares with `generate`."""
+    prompts, following = prompts_of(windows, [model, dense])
+    dense_bn = continue_greedily(dense, prompts, following)
+    assert dense_bn is not None
+    return continuation(model, prompts, dense_bn)
+
+
+def test_several_texts_are_what_each_gives_alone(elastic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    elastic.save_pretrained("peer")
+    tiny_checkpoint(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained("peer")
+    texts = [str(text_file(tmp_path / name, 300)) for name in ("a.txt", "b.txt", "c.txt")]
+    options: dict[str, Any] = {"context": 24, "max_tokens": 120}
+    alone: dict[str, Any] = {}
+    for asked in ({"active": [0.8, 1.0], "against": "dense"}, {"active": [0.7]}, {}):
+        alone = {text: evaluate_checkpoint("peer", data=text, **asked, **options) for text in texts}
+        calls: list[Any] = []
+        together = evaluate_checkpoint(
+            "peer", data=texts, **asked, **options, progress=lambda *call, calls=calls: calls.append(call)
+        )
+        assert together["texts"] == [alone[text] for text in texts]
+        assert [row["data"] for row in together["texts"]] == ["a.txt", "b.txt", "c.txt"]
+        assert together.keys() == {"model", "context", "against", "texts"}
+        assert together["against"] == ({"model": "dense"} if "against" in asked else None)
+        assert calls.count(("Loading peer", 0, 1)) == 1
+        assert any(stage.startswith("Evaluating") and stage.endswith(", b.txt") for stage, _, _ in calls)
+    assert evaluate_checkpoint("peer", data=texts[:1], **options) == alone[texts[0]]
+
+
+def test_texts_that_cannot_be_told_apart_are_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    texts = [str(text_file(folder / "a.txt", 50)) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(UsageError, match=r"two texts have the name a\.txt, by which .*: rename one"):
+        evaluate_checkpoint("no/model", data=texts)
+    with pytest.raises(UsageError, match="no text was given to measure on"):
+        evaluate_checkpoint("no/model", data=[])
+    with pytest.raises(DataError, match=r"no such text file: .*gone\.txt"):
+        evaluate_checkpoint("no/model", data=[texts[0], "gone.txt"])
 
 
 def keep_to_budget(model: Any, *, always: bool) -> None:
