@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from peerify.cli import progress_report, tables
+from peerify.cli import evaluation_tables, progress_report, tables
 
 
 def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,13 +19,13 @@ def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]
     layer |= {"bytes_fraction": 0.5, "macs_fraction": 1.1, "effective_experts": 1082.4}
     layer["bytes_per_token"] = {"p5": 0.384, "p50": 0.5, "p95": 0.617}
     result = {"model": "m", "perplexity": 45.1, "tokens": 16384, "against": None, "layers": [layer] * 30}
-    tables.print_evaluation(result)
+    evaluation_tables.print_evaluation(result)
     out = capsys.readouterr().out
     assert out.count(path) == 30
     assert re.search(r"mlp +1,536 +50\.0% +38–62% +110\.0% +99\.8% +1,082$", out, re.MULTILINE)
     assert "\x1b" not in out
     assert len(out.splitlines()) < 45, "one line for each layer"
-    tables.print_evaluation(result | {"layers": [layer | {"path": "model.layers.29.mlp"}]})
+    evaluation_tables.print_evaluation(result | {"layers": [layer | {"path": "model.layers.29.mlp"}]})
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
