@@ -80,9 +80,10 @@ def _print_texts(console: Console, texts: Sequence[Mapping[str, Any]]) -> None:
         *([">after\nprefill"] if budgets and against else []),
     )
     for text in texts:
-        table.add_section()
         dense = text["against"] or {}
         rows = text.get("budgets", [{**dense, "perplexity": text["perplexity"]}])
+        if len(rows) > 1:
+            table.add_section()
         for i, row in enumerate(rows):
             table.add_row(
                 "" if i else text["data"],
