@@ -54,9 +54,12 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL, dense or converted, and how its experts are used.
 
     With --against, also how far it is from the dense model: ratio of perplexities, KL divergence, how often
-    both find the same token most likely, and how many tokens both add to a prompt alike, of 64 and always the
-    most likely one. The text is tokenised once, cut into windows that do not overlap, and tokens 2…n of each
-    are predicted, every one at the budget. Models are loaded once for several texts; --json then has "texts".
+    both find the same token most likely, and how many tokens both add to a prompt before they part, of up to
+    64 and always the most likely one. The text is tokenised once, cut into windows that do not overlap, and
+    tokens 2…n of each are predicted, every one at the budget.
+
+    Several texts are measured each by itself, with models loaded once; --json then lists them under "texts",
+    each as it would be alone.
 
     \b
     Examples:
