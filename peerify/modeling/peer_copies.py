@@ -142,7 +142,7 @@ def make_codes(pool: Any) -> Codes:
     Raises:
         ValueError: its `input_rms` cannot be what was measured.
     """
-    rms_d, scale_d = _sizes(pool)
+    _, scale_d = _sizes(pool)
 
     def both(w_nd: torch.Tensor, scale_d: torch.Tensor) -> tuple[Rounded, Rounded]:
         if can_round(w_nd):
@@ -206,7 +206,7 @@ def make_copies(pool: Any, codes: Codes | None = None) -> Copies:
 
 
 def _sizes(pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the inputs, both (d,): their sizes, and what they are scaled up by before vectors that meet them are rounded."""
+    """Of the inputs, both (d,): their sizes, and by what they are scaled up where vectors are rounded that meet them."""
     rms_d = pool.input_rms.float()
     if not torch.compiler.is_compiling() and not bool((rms_d.isfinite() & (rms_d >= 0)).all()):
         raise ValueError(
