@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerify.modeling.peer_elastic_pool import COARSE, FINE, FULL, NONE
+from peerify.modeling.peer_evaluation import COARSE, FINE, FULL, NONE
 from peerify.modules import peer_layers
 
 STEP, STEPS = 0.001, 10_000  # of the dense layer's bytes: what tokens read is told apart so finely, and so far

@@ -206,7 +206,7 @@ def make_copies(pool: Any, codes: Codes | None = None) -> Copies:
 
 
 def _sizes(pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the inputs, both (d,): their sizes, and by what they are scaled up where vectors are rounded that meet them."""
+    """Of the inputs, both (d,): their sizes, and what scales them up where vectors that meet them are rounded."""
     rms_d = pool.input_rms.float()
     if not torch.compiler.is_compiling() and not bool((rms_d.isfinite() & (rms_d >= 0)).all()):
         raise ValueError(
