@@ -277,8 +277,11 @@ def _results(record: Mapping[str, Any]) -> str:
             "Not measured yet. Expect a loss of quality against the dense model: "
             "`peerify eval MODEL --against DENSE --data TEXT` tells how much."
         )
-    table = ["| text | tokens | perplexity | dense base | ratio | KL from dense |", "|---|---|---|---|---|---|"]
-    for row in rows:
+    alike = [(row.get("against") or {}).get("continuation") for row in rows]
+    measured = any(alike)
+    heads = ["text", "tokens", "perplexity", "dense base", "ratio", "KL from dense", *(["tokens alike"] * measured)]
+    table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row, same in zip(rows, alike, strict=True):
         against = row.get("against") or {}
         cells = [
             row.get("data") or "–",
@@ -287,9 +290,16 @@ def _results(record: Mapping[str, Any]) -> str:
             f"{against['perplexity']:.2f}" if against else "–",
             f"{against['ratio']:.3f} ×" if against else "–",
             f"{against['kl']:.4f}" if against.get("kl") is not None else "–",
+            *([f"{same['mean']:.1f} of {same['of']}" if same else "–"] * measured),
         ]
         table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table)
+    return "\n".join([*table, *(["", _ALIKE] * measured)])
+
+
+_ALIKE = (
+    "*Tokens alike*: how many tokens this model and the dense base add to a prompt, always the most likely one, before "
+    "they part, as a mean over prompts from the text."
+)
 
 
 def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -63,6 +63,14 @@ class Seen(TypedDict):
 
 
 @with_config(_MORE)
+class Continuation(TypedDict):
+    """How many tokens both models add to a prompt before they part, of how many at most."""
+
+    mean: float
+    of: int
+
+
+@with_config(_MORE)
 class Against(TypedDict):
     """A comparison with the dense model."""
 
@@ -70,6 +78,7 @@ class Against(TypedDict):
     perplexity: float
     ratio: float
     kl: NotRequired[float | None]
+    continuation: NotRequired[Continuation | None]
 
 
 @with_config(_MORE)

@@ -1,4 +1,4 @@
-"""What people read of `peerify eval`."""
+"""What people read of `peerify eval`. Results noted by older versions lack keys: nothing is shown for these."""
 
 from __future__ import annotations
 
@@ -38,18 +38,29 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
 
 def _compared(found: Mapping[str, Any]) -> list[str]:
     """Cells below `COMPARED`."""
-    alike = found.get("continuation")
     return [
-        f"{found['ratio']:.3f}×",
-        f"{found['kl']:.4f}",
-        f"{found['agreement']:.1%}",
-        "–" if alike is None else f"{alike['mean']:.1f}/{alike['of']}",
+        _shown("{:.3f}×", found.get("ratio")),
+        _shown("{:.4f}", found.get("kl")),
+        _shown("{:.1%}", found.get("agreement")),
+        continued(found),
     ]
+
+
+def continued(found: Mapping[str, Any]) -> str:
+    """How many tokens were alike, of how many; of a model without a cache there are none."""
+    if "continuation" not in found:
+        return ""
+    alike = found["continuation"]
+    return "–" if alike is None else f"{alike['mean']:.1f}/{alike['of']}"
+
+
+def _shown(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _print_budgets(console: Console, budgets: Sequence[Mapping[str, Any]]) -> None:
     """One row per budget."""
-    compared = budgets[0]["ratio"] is not None
+    compared = budgets[0].get("ratio") is not None
     more = (*COMPARED, ">after\nprefill") if compared else ()
     table = make_table(">active", ">bytes", ">multiply-\nadds", ">perplexity", *more)
     for row in budgets:
@@ -65,7 +76,7 @@ def _print_budgets(console: Console, budgets: Sequence[Mapping[str, Any]]) -> No
 
 
 def _after(row: Mapping[str, Any]) -> str:
-    return "–" if row["after_prefill"] is None else f"{row['after_prefill']:.3f}×"
+    return "–" if row.get("after_prefill") is None else f"{row['after_prefill']:.3f}×"
 
 
 def _print_texts(console: Console, texts: Sequence[Mapping[str, Any]]) -> None:
@@ -111,9 +122,10 @@ def _print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None
         "layer", ">experts", ">bytes", ">p5–p95\nof tokens", ">multiply-\nadds", ">used", ">used\neffectively"
     )
     for layer in layers:
-        low, high = layer["bytes_per_token"]["p5"], layer["bytes_per_token"]["p95"]
+        spread = layer.get("bytes_per_token")
+        span = f"{100 * spread['p5']:.0f}–{spread['p95']:.0%}" if spread else ""
         read, *more = _used(layer)
-        table.add_row(layer["path"], f"{layer['num_experts']:,}", read, f"{100 * low:.0f}–{high:.0%}", *more)
+        table.add_row(layer["path"], f"{layer['num_experts']:,}", read, span, *more)
     table.add_section()
     read, *more = _used(_mean(layers))
     table.add_row("mean", "", read, "", *more)
@@ -121,14 +133,13 @@ def _print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None
 
 
 def _mean(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    keys = ("bytes_fraction", "macs_fraction", "usage", "effective_experts")
+    """Of what all layers tell."""
+    keys = [key for key in ("bytes_fraction", "macs_fraction", "usage", "effective_experts") if key in layers[0]]
     return {key: sum(layer[key] for layer in layers) / len(layers) for key in keys}
 
 
 def _used(layer: Mapping[str, Any]) -> list[str]:
     return [
-        f"{layer['bytes_fraction']:.1%}",
-        f"{layer['macs_fraction']:.1%}",
-        f"{layer['usage']:.1%}",
-        f"{layer['effective_experts']:,.0f}",
+        *(_shown("{:.1%}", layer.get(key)) for key in ("bytes_fraction", "macs_fraction", "usage")),
+        _shown("{:,.0f}", layer.get("effective_experts")),
     ]

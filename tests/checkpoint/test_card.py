@@ -113,6 +113,25 @@ def test_a_result_on_several_texts_is_a_row_for_each(folder: Path) -> None:
         assert card.count(f"| {name} | 4,096 | 12.00 | 10.00 | 1.200 × | 0.2000 |") == 1
 
 
+def test_how_long_continuations_are_alike_is_told_where_it_was_measured(folder: Path) -> None:
+    against = {"model": "d", "perplexity": 10.0, "ratio": 1.2, "kl": 0.2}
+    row = {"context": 512, "tokens": 4096, "perplexity": 12.0}
+    record_results(folder, row | {"data": "a.txt", "against": against})
+    assert "tokens alike" not in (folder / "README.md").read_text()
+    alike = {"mean": 41.25, "of": 64, "prompts": 16}
+    record_results(folder, row | {"data": "b.txt", "against": against | {"continuation": alike}})
+    card = (folder / "README.md").read_text()
+    assert "| ratio | KL from dense | tokens alike |\n|---|---|---|---|---|---|---|\n" in card
+    assert "| a.txt | 4,096 | 12.00 | 10.00 | 1.200 × | 0.2000 | – |\n" in card
+    assert "| b.txt | 4,096 | 12.00 | 10.00 | 1.200 × | 0.2000 | 41.2 of 64 |\n" in card
+    assert "*Tokens alike*: " in card
+    values = record(folder)
+    values["evaluation"][1]["against"]["continuation"] = {"mean": "long"}
+    (folder / "peerify.json").write_text(json.dumps(values))
+    with pytest.raises(PublishError, match=r"continuation"):
+        write_card(folder)
+
+
 def test_card_is_what_the_hub_reads(folder: Path) -> None:
     result = {
         "tokens": 4096,

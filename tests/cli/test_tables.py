@@ -79,6 +79,42 @@ def test_several_texts_are_one_table(capsys: pytest.CaptureFixture[str], budgets
     assert max(map(len, out.splitlines())) <= 80
 
 
+OLDER = {
+    "before budgets": {"layer": ["bytes_fraction", "macs_fraction"], "compared": ["agreement"]},
+    "before the spread over tokens": {"layer": ["effective_experts", "bytes_per_token"], "compared": []},
+    "before continuations": {"layer": [], "compared": ["continuation"]},
+    "before everything": {
+        "layer": ["bytes_fraction", "macs_fraction", "usage", "effective_experts", "bytes_per_token"],
+        "compared": ["kl", "agreement", "continuation", "after_prefill"],
+    },
+}
+
+
+@pytest.mark.parametrize("older", OLDER)
+@pytest.mark.parametrize("budgets", [0, 2])
+def test_nothing_is_shown_of_what_an_older_version_did_not_note(
+    capsys: pytest.CaptureFixture[str], older: str, budgets: int
+) -> None:
+    """`peerify run` shows the notes of stages that were done before, whichever version did them."""
+    result = evaluation("a.txt", budgets=budgets)
+    for layer in result["layers"]:
+        for key in OLDER[older]["layer"]:
+            del layer[key]
+    for found in (result["against"], *result.get("budgets", [])):
+        for key in OLDER[older]["compared"]:
+            found.pop(key, None)
+    note = {"done": [], "skipped": ["convert", "train", "eval"], "stopped": None, "output": "out", "eval": result}
+    tables.print_run(note, [])
+    out = capsys.readouterr().out
+    assert re.search(r"^m +1234\.56 +1\.130×", out, re.MULTILINE)
+    (row,) = re.findall(r"^model\.layers\.29\.mlp +1,536 *(.*)$", out, re.MULTILINE)
+    cells = {"bytes_fraction": "50.3%", "bytes_per_token": "38–102%", "macs_fraction": "110.4%"}
+    cells |= {"usage": "100.0%", "effective_experts": "1,082"}
+    assert row.split() == [cell for key, cell in cells.items() if key not in OLDER[older]["layer"]]
+    evaluation_tables.print_evaluation({"model": "m", "context": 512, "against": None, "texts": [result, result]})
+    assert "a.txt" in capsys.readouterr().out
+
+
 def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
