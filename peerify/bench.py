@@ -1,4 +1,4 @@
-"""Speed of a converted model beside its dense one: tokens per second as `generate` gives them, in one run.
+"""Speed of a converted model beside its dense one, in one run: tokens per second of `generate`, and of training.
 
 Both models, and the dense one without the layers that were converted, take turns, so that what else the machine does
 touches all alike. The third tells how fast layers that take no time would make the model (Amdahl's law).
@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ def bench_checkpoint(
     repeats: int = 5,
     dtype: str = "float32",
     device: str = "cpu",
+    train: Sequence[Literal["peer", "full"]] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -50,31 +51,38 @@ def bench_checkpoint(
         prompt: tokens of the prompt that is read at once.
         new: tokens by which `generate` continues others, greedily.
         repeats: measurements of each kind, after one that warms up.
+        train: steps of training to measure as well: of the PEER layers ("peer"), of everything ("full").
 
     Returns:
-        ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "decode", "prefill"}``. kernel is None
-        where the CPU kernel serves all layers, else the reason why not. memory is ``{"dense", "converted"}``: bytes of
-        the weights, and of what is kept beside them. decode is a list of ``{"batch", "dtype", "active", "dense",
-        "converted", "ratio", "spread", "limit", "of_limit"}``: medians in tokens per second; ratio the median of
-        converted over dense, spread its least and its largest; limit what ratio would be if the converted layers took
-        just their share of the dense ones' time; of_limit ratio over that. prefill is a list of ``{"tokens", "dtype",
-        "active", "dense", "converted", "ratio", "spread", "first_token_s"}``, the last one the converted model's.
+        ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "decode", "prefill", "train"}``.
+        kernel is None where the CPU kernel serves all layers, else the reason why not. memory is ``{"dense",
+        "converted"}``: bytes of the weights, and of what is kept beside them. decode is a list of ``{"batch", "dtype",
+        "active", "dense", "converted", "ratio", "spread", "limit", "of_limit"}``: medians in tokens per second; ratio
+        the median of converted over dense, spread its least and its largest; limit what ratio would be if the converted
+        layers took just their share of the dense ones' time; of_limit ratio over that. prefill is a list of
+        ``{"tokens", "dtype", "active", "dense", "converted", "ratio", "spread", "first_token_s",
+        "dense_first_token_s"}``, the last two in seconds. train is a list of ``{"tokens", "dtype", "trains", "active",
+        "dense", "converted", "ratio", "spread"}``, tokens those of a step; see `step_seconds`.
 
     Raises:
-        UsageError: the model is dense, or has no such budget, or the prompt is too long for it.
+        UsageError: the model is dense, or has no such budget, or the prompt is too long for it; see `check_step`.
         CheckpointError: see `load_for_eval`; also a model that generates no text.
+        TrainingError: a step of training fails.
     """
     from peerify.checkpoint.load import load_for_eval
     from peerify.evaluation import budgets_of
+    from peerify.training.speed import check_step, step_seconds
 
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    converted = load_for_eval(source, revision=revision, **options).model  # type: ignore[arg-type]
+    if train:
+        check_step(prompt, dtype, device)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    converted = load_for_eval(source, revision=revision, **options).model
     layers = peer_layers(converted)
     if not layers:
         raise UsageError(f"{source} is a dense model: bench compares a converted one with it")
     own = budgets_of(converted, active)
     shares: list[float] = list(active) or own or [1.0]
-    dense = load_for_eval(against, **options).model  # type: ignore[arg-type]
+    dense = load_for_eval(against, **options).model
     config, context = dense.config.get_text_config(), min(CONTEXT, prompt)
     if not dense.can_generate() or dense.config.is_encoder_decoder:
         raise CheckpointError(f"{against} generates no text: there is nothing to measure")
@@ -85,10 +93,11 @@ def bench_checkpoint(
     tell = teller(progress)
     runs = [(1, prompt, 1), *((batch, context, new + 1) for batch in batches)]
     total, done = len(runs) * (repeats + 1), 0
-    rows = []
+    decode, prefill = [], []
     for batch, tokens, adds in runs:
+        reads = adds == 1
         ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
-        times: dict[Arm, list[float]] = {arm: [] for arm in (DENSE, WITHOUT, *shares)}
+        times: dict[Arm, list[float]] = {arm: [] for arm in (DENSE, *([] if reads else [WITHOUT]), *shares)}
         for number in range(repeats + 1):
             tell(STAGE, done, total)
             for arm, of_arm in times.items():
@@ -97,14 +106,15 @@ def bench_checkpoint(
                 if number:  # the first one warms up
                     of_arm.append(seconds)
             done += 1
-        rows.append([_compared(times, share, tokens if adds == 1 else batch) for share in shares])
+        for share in shares:
+            row = _compared(times[DENSE], times[share], share, tokens if reads else batch)
+            if reads:
+                first = {"first_token_s": prompt / row["converted"], "dense_first_token_s": prompt / row[DENSE]}
+                prefill.append({"tokens": prompt, "dtype": dtype, **row, **first})
+            else:
+                decode.append({"batch": batch, "dtype": dtype, **_limited(row, times[DENSE], times[WITHOUT])})
     tell(STAGE, done, total)
-    reading = [
-        {"tokens": prompt, "dtype": dtype, **{k: v for k, v in row.items() if "limit" not in k},
-         "first_token_s": prompt / row["converted"]}
-        for row in rows[0]
-    ]  # fmt: skip
-    return {
+    result = {
         "model": source,
         "against": against,
         "device": device,
@@ -112,13 +122,28 @@ def bench_checkpoint(
         "threads": torch.get_num_threads(),
         "kernel": kernel_status(converted, device),
         "memory": {DENSE: _held(dense), "converted": _held(converted)},
-        "decode": [
-            {"batch": batch, "dtype": dtype, **row}
-            for batch, found in zip(batches, rows[1:], strict=True)
-            for row in found
-        ],
-        "prefill": reading,
+        "decode": decode,
+        "prefill": prefill,
     }
+    del model, dense, converted, layers  # training takes others, and their memory
+    budgets = shares if own else [None]
+    asked: dict[str, Any] = {
+        "context": prompt,
+        "repeats": repeats,
+        "revision": revision,
+        "progress": progress,
+        **options,
+    }
+    rows = []
+    for trains in train:
+        tokens, theirs, of_budgets = step_seconds(
+            source, against, shares=budgets, trains=trains, progress=progress, **asked
+        )
+        what = {"tokens": tokens, "dtype": dtype, "trains": trains}
+        rows += [
+            {**what, **_compared(theirs, ours, share, tokens)} for share, ours in zip(shares, of_budgets, strict=True)
+        ]
+    return {**result, "train": rows}
 
 
 def kernel_status(model: nn.Module, device: str = "cpu") -> str | None:
@@ -182,21 +207,23 @@ def _seconds(model: Any, ids: torch.Tensor, new: int) -> float:
     return (clock.times[-1] - clock.times[0]) / (new - 1)
 
 
-def _compared(times: Mapping[Arm, Sequence[float]], share: float, tokens: int) -> dict[str, Any]:
+def _compared(dense: Sequence[float], ours: Sequence[float], share: float, tokens: int) -> dict[str, Any]:
     """A row of what is found at a budget, from seconds for so many tokens."""
-    ratios = [dense / ours for dense, ours in zip(times[DENSE], times[share], strict=True)]
-    dense, without = statistics.median(times[DENSE]), statistics.median(times[WITHOUT])
-    limit = dense / (without + share * max(0.0, dense - without))
-    ratio = statistics.median(ratios)
+    ratios = [theirs / own for theirs, own in zip(dense, ours, strict=True)]
     return {
         "active": share,
-        DENSE: tokens / dense,
-        "converted": tokens / statistics.median(times[share]),
-        "ratio": ratio,
+        DENSE: tokens / statistics.median(dense),
+        "converted": tokens / statistics.median(ours),
+        "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "limit": limit,
-        "of_limit": ratio / limit,
     }
+
+
+def _limited(row: Mapping[str, Any], dense: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    """A row with what is possible, from seconds of the dense model with and without the layers that were converted."""
+    whole, rest = statistics.median(dense), statistics.median(without)
+    limit = whole / (rest + row["active"] * max(0.0, whole - rest))
+    return {**row, "limit": limit, "of_limit": row["ratio"] / limit}
 
 
 def _held(model: nn.Module) -> int:

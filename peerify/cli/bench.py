@@ -45,24 +45,32 @@ def _counts(_: Any, __: Any, text: str) -> tuple[int, ...]:
     show_default=True,
     help="Number type to compute in.",
 )
+@click.option("--train", is_flag=True, help="Measure a step of training, too, in which the PEER layers train.")
+@click.option("--train-full", is_flag=True, help="Likewise a step in which everything trains.")
 @loading
 @common
-def bench(model: str, as_json: bool, **settings: Any) -> None:
-    """Measure how fast the converted MODEL decodes and reads prompts beside its dense one.
+def bench(model: str, train: bool, train_full: bool, as_json: bool, **settings: Any) -> None:
+    """Measure how fast the converted MODEL decodes, reads prompts and trains beside its dense one.
 
     Both take turns in one run, generating from random prompts. "limit" is how much faster the model would be if the
     converted layers took just their share of the dense layers' time; what else the model does bounds it.
+
+    A step of training is one of the recipes: two windows of --prompt tokens, next token and the divergence from the
+    dense model, which is loaded a second time as the teacher, AdamW in float32 with mixed precision where --dtype
+    asks for it. Of the dense model those layers train then that were converted.
 
     \b
     Examples:
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --active 0.25,0.5 --dtype bfloat16
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --batch 1 --json
+      peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --train --dtype bfloat16
     """
     with library(as_json) as progress:
         from peerify.bench import bench_checkpoint
 
-        result = bench_checkpoint(model, progress=progress, **settings)
+        trains: list[Any] = [*(["peer"] if train else []), *(["full"] if train_full else [])]
+        result = bench_checkpoint(model, train=trains, progress=progress, **settings)
     from peerify.cli import bench_tables, tables
 
     tables.print_json(result) if as_json else bench_tables.print_bench(result)

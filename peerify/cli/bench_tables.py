@@ -9,6 +9,8 @@ from peerify.cli.tables import _bytes as in_bytes
 from peerify.cli.tables import _console as console_on_stdout
 from peerify.cli.tables import _table as new_table
 
+TRAINS = {"peer": "train PEER", "full": "train all"}  # narrow, so that rows fit 80 columns
+
 
 def print_bench(result: Mapping[str, Any]) -> None:
     """Tokens per second, dense and converted, and how that compares with what is possible."""
@@ -18,6 +20,7 @@ def print_bench(result: Mapping[str, Any]) -> None:
     table = new_table("", ">at once", ">budget", ">dense", ">converted", ">ratio", ">spread", ">limit")
     rows = [("decode", row["batch"], row) for row in result["decode"]]
     rows += [("read a prompt", row["tokens"], row) for row in result["prefill"]]
+    rows += [(TRAINS[row["trains"]], row["tokens"], row) for row in result["train"]]
     for what, count, row in rows:
         low, high = row["spread"]
         limit = f"{row['limit']:.2f}×" if "limit" in row else ""
@@ -25,6 +28,10 @@ def print_bench(result: Mapping[str, Any]) -> None:
         ratio = [f"{row['ratio']:.2f}×", f"{low:.2f}–{high:.2f}"]
         table.add_row(what, str(count), f"{row['active']:.4g}", *speeds, *ratio, limit)
     console.print(table)
+    first = [f"{row['first_token_s']:.3g} s at {row['active']:.4g}" for row in result["prefill"]]
+    console.print(
+        f"first token of a prompt: {result['prefill'][0]['dense_first_token_s']:.3g} s dense, {', '.join(first)}"
+    )
     held = result["memory"]
     console.print(f"memory: {in_bytes(held['dense'])} dense, {in_bytes(held['converted'])} converted")
     if result["kernel"]:

@@ -10,12 +10,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from peerify.modules import blocks_around, peer_layers
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` (or torchrun) started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def accelerator_on(device: str, precision: str, **settings: Any) -> Accelerator:
+    """What runs steps of training on `device`, or where the launcher says.
+
+    Args:
+        precision: "no", "bf16" or "fp16".
+        settings: of Accelerate's own object.
+    """
+    on_cpu = device == "cpu" and not (launched() and torch.cuda.is_available())  # a launcher knows better
+    wanted = torch.device(device)
+    if wanted.index is not None and wanted.type == "cuda" and not launched():
+        torch.cuda.set_device(wanted)
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu,
+        # Without gradients some parameters take no part: layerwise leaves out the head.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        **settings,
+    )
+
+
+def forget_processes() -> None:
+    """Let the next `accelerator_on` of this process choose anew."""
+    AcceleratorState._reset_state(reset_partial_state=not launched())
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from peerify.config.train import TrainConfig
+from peerify.config.train import StageConfig, TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
 from peerify.progress import Progress
@@ -55,6 +55,8 @@ class Run:
     """Called in the main process with checkpoints that hold a plain model, and their number."""
     recipe: dict[str, Any]
     """What a checkpoint must have been made with to go on from it."""
+    select: Callable[[Any, StageConfig], Any] = groups.select_trainable
+    """Sets what trains of a model; a dense one, as a measure of speed, has no PEER layers to go by."""
 
 
 class Stage:
@@ -69,7 +71,7 @@ class Stage:
         _seed(run.config.seed, now.stage, 0)  # of new adapters
         if weights is not None and not now.step_in_stage:
             state.put_weights(model, weights, str(checkpoint))
-        model = groups.select_trainable(model, self.config)
+        model = run.select(model, self.config)
         if weights is not None and now.step_in_stage:
             state.put_weights(model, weights, str(checkpoint))
         del weights

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from peerify.checkpoint.atomic import atomic_folder
@@ -28,7 +26,7 @@ from peerify.progress import Progress, teller
 from peerify.training import loggers, state
 from peerify.training.checks import check_space, check_start
 from peerify.training.data import Windows
-from peerify.training.distribution import is_sharded
+from peerify.training.distribution import accelerator_on, forget_processes, is_sharded
 from peerify.training.groups import require_peer
 from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
@@ -91,7 +89,7 @@ def train_checkpoint(
             tell("Writing", 1, 1)
         return result
     finally:
-        AcceleratorState._reset_state(reset_partial_state=not _launched())
+        forget_processes()
 
 
 def _prepare(
@@ -165,25 +163,9 @@ def _unrolled(described: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _launched() -> bool:
-    """Whether `accelerate launch` (or torchrun) started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
 def _accelerator(recipe: Recipe, names: list[str], folder: Path) -> Accelerator:
-    config = recipe.training
-    device = torch.device(recipe.device)
-    on_cpu = recipe.device == "cpu" and not (_launched() and torch.cuda.is_available())  # a launcher knows better
-    if device.index is not None and device.type == "cuda" and not _launched():
-        torch.cuda.set_device(device)
-    return Accelerator(
-        mixed_precision=config.precision,
-        cpu=on_cpu,
-        log_with=names or None,
-        project_dir=str(folder),
-        # Without gradients some parameters take no part: layerwise leaves out the head.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    tracking = {"log_with": names or None, "project_dir": str(folder)}
+    return accelerator_on(recipe.device, recipe.training.precision, **tracking)
 
 
 def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
