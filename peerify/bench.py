@@ -127,13 +127,7 @@ def bench_checkpoint(
     }
     del model, dense, converted, layers  # training takes others, and their memory
     budgets = shares if own else [None]
-    asked: dict[str, Any] = {
-        "context": prompt,
-        "repeats": repeats,
-        "revision": revision,
-        "progress": progress,
-        **options,
-    }
+    asked: dict[str, Any] = {"context": prompt, "repeats": repeats, "revision": revision, **options}
     rows = []
     for trains in train:
         tokens, theirs, of_budgets = step_seconds(
@@ -222,7 +216,7 @@ def _compared(dense: Sequence[float], ours: Sequence[float], share: float, token
 def _limited(row: Mapping[str, Any], dense: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
     """A row with what is possible, from seconds of the dense model with and without the layers that were converted."""
     whole, rest = statistics.median(dense), statistics.median(without)
-    limit = whole / (rest + row["active"] * max(0.0, whole - rest))
+    limit = whole / (whole - (1 - row["active"]) * max(0.0, whole - rest))
     return {**row, "limit": limit, "of_limit": row["ratio"] / limit}
 
 

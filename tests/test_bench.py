@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_figures_of_a_row() -> None:
     assert row["spread"] == pytest.approx([0.5, 2.0])
     assert row["limit"] == pytest.approx(10 / 7)
     assert row["of_limit"] == pytest.approx(1.25 * 0.7)
+    assert _limited(row, dense, [11.0, 11.0, 11.0])["limit"] == 1, "noise"
 
 
 def test_layers_are_left_out_and_come_back(folders: Path, seed: int) -> None:
@@ -119,7 +121,7 @@ def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_of_training_beside_the_dense_model(folders: Path, dtype: str) -> None:
+def test_steps_of_training_beside_the_dense_model(folders: Path, tmp_path: Path, dtype: str) -> None:
     asked = ["bench", str(folders / "peer"), "--against", str(folders / "dense"), "--active", "0.8,1", "--batch", "1"]
     asked += ["--prompt", "16", "--new", "2", "--repeats", "2", "--dtype", dtype, "--train"]
     done = run(*asked, "--train-full", "--json")
@@ -135,8 +137,10 @@ def test_steps_of_training_beside_the_dense_model(folders: Path, dtype: str) -> 
         low, high = row["spread"]
         assert 0 < low <= row["ratio"] <= high
         assert (row["tokens"], row["dtype"]) == (32, dtype)
-    table = run(*asked).stdout
+    picture = ["--plot", str(tmp_path / "speed.svg")] if importlib.util.find_spec("matplotlib") else []
+    table = run(*asked, *picture).stdout
     assert "train PEER" in table
+    assert (tmp_path / "speed.svg").exists() == bool(picture)
     assert {len(line) for line in table.splitlines() if "×" in line} <= {*range(60, 81)}
 
 

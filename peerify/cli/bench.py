@@ -47,9 +47,10 @@ def _counts(_: Any, __: Any, text: str) -> tuple[int, ...]:
 )
 @click.option("--train", is_flag=True, help="Measure a step of training, too, in which the PEER layers train.")
 @click.option("--train-full", is_flag=True, help="Likewise a step in which everything trains.")
+@click.option("--plot", metavar="FILE", help="Draw it, as .png, .svg or .pdf; needs `pip install 'peerify[plots]'`.")
 @loading
 @common
-def bench(model: str, train: bool, train_full: bool, as_json: bool, **settings: Any) -> None:
+def bench(model: str, train: bool, train_full: bool, plot: str | None, as_json: bool, **settings: Any) -> None:
     """Measure how fast the converted MODEL decodes, reads prompts and trains beside its dense one.
 
     Both take turns in one run, generating from random prompts. "limit" is how much faster the model would be if the
@@ -65,14 +66,18 @@ def bench(model: str, train: bool, train_full: bool, as_json: bool, **settings: 
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --active 0.25,0.5 --dtype bfloat16
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --batch 1 --json
       peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --train --dtype bfloat16
+      peerify bench smol-peer --against HuggingFaceTB/SmolLM2-135M --active 0.75,0.5,0.25 --plot speed.png
     """
+    from peerify.cli import bench_plot, bench_tables, tables
+
+    picture = bench_plot.check_plot(plot) if plot is not None else None  # before minutes of measuring
     with library(as_json) as progress:
         from peerify.bench import bench_checkpoint
 
         trains: list[Any] = [*(["peer"] if train else []), *(["full"] if train_full else [])]
         result = bench_checkpoint(model, train=trains, progress=progress, **settings)
-    from peerify.cli import bench_tables, tables
-
+        if picture is not None:
+            bench_plot.draw(result, picture)
     tables.print_json(result) if as_json else bench_tables.print_bench(result)
 
 
