@@ -147,6 +147,8 @@ def _explain(figure: Any, result: Mapping[str, Any]) -> None:
 
 
 def _speed(tokens: float) -> str:
+    if tokens >= 10_000:
+        return f"{tokens / 1000:.3g}k"  # as wide as a bar
     return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
