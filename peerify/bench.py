@@ -17,6 +17,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peerify.errors import CheckpointError, UsageError
+from peerify.memory import peak_mb
 from peerify.modeling import peer_cpu
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
@@ -54,9 +55,10 @@ def bench_checkpoint(
         train: steps of training to measure as well: of the PEER layers ("peer"), of everything ("full").
 
     Returns:
-        ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "decode", "prefill", "train"}``.
-        kernel is None where the CPU kernel serves all layers, else the reason why not. memory is ``{"dense",
-        "converted"}``: bytes of the weights, and of what is kept beside them. decode is a list of ``{"batch", "dtype",
+        ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "peak_rss_mb", "decode", "prefill",
+        "train"}``. kernel is None where the CPU kernel serves all layers, else the reason why not. memory is
+        ``{"dense", "converted"}``: bytes of the weights, and of what is kept beside them. peak_rss_mb is the most that
+        this process held, with both of them, before steps of training. decode is a list of ``{"batch", "dtype",
         "active", "dense", "converted", "ratio", "spread", "limit", "of_limit"}``: medians in tokens per second; ratio
         the median of converted over dense, spread its least and its largest; limit what ratio would be if the converted
         layers took just their share of the dense ones' time; of_limit ratio over that. prefill is a list of
@@ -122,6 +124,7 @@ def bench_checkpoint(
         "threads": torch.get_num_threads(),
         "kernel": kernel_status(converted, device),
         "memory": {DENSE: _held(dense), "converted": _held(converted)},
+        "peak_rss_mb": peak_mb(),
         "decode": decode,
         "prefill": prefill,
     }

@@ -56,7 +56,10 @@ def test_bench_measures_every_batch_and_budget(folders: Path) -> None:
     dense = load_for_eval(folders / "dense").model
     weights = sum(each.nbytes for each in (*dense.parameters(), *dense.buffers()))
     assert found["memory"]["dense"] == weights < found["memory"]["converted"]
+    peak = found["peak_rss_mb"]
+    assert peak is None or 1e6 * peak > weights
     table = run(*asked, "--prompt", "24", "--new", "2", "--repeats", "1").stdout
+    assert ("the process held" in table) == (peak is not None)
     assert "read a prompt" in table
     assert re.search(r"^first token of a prompt: \S+ s dense, \S+ s at 0\.8, \S+ s at 1$", table, re.MULTILINE)
     assert {len(line) for line in table.splitlines() if "×" in line} <= {*range(60, 81)}

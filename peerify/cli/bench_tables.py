@@ -33,7 +33,9 @@ def print_bench(result: Mapping[str, Any]) -> None:
         f"first token of a prompt: {result['prefill'][0]['dense_first_token_s']:.3g} s dense, {', '.join(first)}"
     )
     held = result["memory"]
-    console.print(f"memory: {in_bytes(held['dense'])} dense, {in_bytes(held['converted'])} converted")
+    peak = result["peak_rss_mb"]
+    both = f"; the process held {in_bytes(1e6 * peak)} with both" if peak is not None else ""
+    console.print(f"memory: {in_bytes(held['dense'])} dense, {in_bytes(held['converted'])} converted{both}")
     if result["kernel"]:
         console.print(f"The CPU kernel is not used: {result['kernel']}")
 
