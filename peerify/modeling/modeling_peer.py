@@ -26,7 +26,7 @@ from .peer_layer import PEER
 
 FORMAT = 2  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 # The files that travel beside the weights: this one, and what it imports. On one line, which peerify reads.
-FILES = ("modeling_peer.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_experts.py", "peer_keys.py", "peer_layer.py", "peer_selection.py")  # fmt: skip  # noqa: E501
+FILES = ("modeling_peer.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_experts.py", "peer_gpu.py", "peer_gpu_kernel.py", "peer_keys.py", "peer_layer.py", "peer_selection.py")  # fmt: skip  # noqa: E501
 PREFILL = ("all", "budget")
 
 
