@@ -107,6 +107,9 @@ def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernel_status(model) == f"1 of {len(pools)} layers: it is odd"
     monkeypatch.setattr(peer_cpu, "enabled", False)
     found = json.loads(run("env", "--json").stdout)
-    assert found["kernels"] == {"cpu, few tokens": "switched off by PEERIFY_KERNELS=0"}
+    assert found["kernels"] == {
+        "cpu, few tokens": "switched off by PEERIFY_KERNELS=0",
+        "gpu, few tokens": "not measured yet; PEERIFY_KERNELS=triton switches it on",
+    }
     assert found["packages"]["torch"] == torch.__version__
     assert "not used: switched off" in run("env").stdout

@@ -51,20 +51,18 @@ def _products(sum_, x_tj, table_jb, step_b, EXACT: tl.constexpr, CODES: tl.const
     """`sum_` and the products of all tokens with one group of the vectors of a block.
 
     One token's products stay apart for each input until `_total`: adding them up would make threads wait for each
-    other in every group. Tensor cores multiply the inputs of several tokens. They take 16 bits, which hold codes and
-    weights exactly, and inputs that were scaled as the sum of two numbers.
+    other in every group. Tensor cores multiply the inputs of several tokens, as numbers of 11 bits, which codes and
+    weights of 16 bits fit. Inputs that were scaled do not: they are taken in parts.
     """
+    table_jb = table_jb.to(tl.float32)
     if T == 1:
-        return sum_ + tl.trans(x_tj) * step_b[None, :] * table_jb.to(tl.float32)
+        return sum_ + tl.trans(x_tj) * step_b[None, :] * table_jb
     elif EXACT:
-        return sum_ + step_b[None, :] * tl.dot(x_tj, table_jb.to(tl.float32), input_precision="ieee")
+        return sum_ + step_b[None, :] * tl.dot(x_tj, table_jb, input_precision="ieee")
     elif CODES:
-        high_tj = x_tj.to(tl.bfloat16)
-        low_tj = (x_tj - high_tj.to(tl.float32)).to(tl.bfloat16)
-        codes_jb = table_jb.to(tl.bfloat16)
-        return sum_ + step_b[None, :] * (tl.dot(high_tj, codes_jb) + tl.dot(low_tj, codes_jb))
+        return sum_ + step_b[None, :] * tl.dot(x_tj, table_jb, input_precision="tf32x3")
     else:
-        return sum_ + tl.dot(x_tj.to(table_jb.dtype), table_jb)
+        return sum_ + tl.dot(x_tj, table_jb, input_precision="tf32")
 
 
 @triton.jit
