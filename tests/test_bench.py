@@ -15,7 +15,7 @@ from peerify.bench import WITHOUT, _compared, _taking, kernel_status
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu
+from peerify.modeling import peer_cpu, peer_gpu
 from peerify.modules import peer_layers
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_compared(folders: Path) -> None:
         assert reason in done.stderr
     done = run("bench", str(folders / "other"), "--against", str(folders / "dense"), "--new", "2", "--repeats", "1",
                "--batch", "1", "--prompt", "8")  # fmt: skip
-    assert "The CPU kernel is not used: the layers have no budgets" in done.stdout
+    assert "The kernel for few tokens is not used: the layers have no budgets" in done.stdout
 
 
 def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,8 @@ def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for pool in pools:
         pool.misfit = None
     assert kernel_status(model) == peer_cpu.obstacle()
-    assert kernel_status(model, "cuda:0") == "it runs on a CPU, not on cuda:0"
+    assert kernel_status(model, "cuda:0") == peer_gpu.gpu_obstacle()
+    assert kernel_status(model, "mps") == "there is none for mps"
     if peer_cpu.obstacle() is None:
         pools[0].misfit = "it is odd"
         assert kernel_status(model) == f"1 of {len(pools)} layers: it is odd"

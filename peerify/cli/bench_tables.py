@@ -28,7 +28,7 @@ def print_bench(result: Mapping[str, Any]) -> None:
     held = result["memory"]
     console.print(f"memory: {in_bytes(held['dense'])} dense, {in_bytes(held['converted'])} converted")
     if result["kernel"]:
-        console.print(f"The CPU kernel is not used: {result['kernel']}")
+        console.print(f"The kernel for few tokens is not used: {result['kernel']}")
 
 
 def print_environment(result: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ speed has not been measured on any GPU yet, so they are used only where the envi
 On paper: decoding one token is bound by the bytes of weights. A layer of 4096 inputs and 14336 experts has 352 MB in
 bfloat16, which an H100 (3.35 TB/s) reads in 105 us. Half the bytes take 53 us and a quarter 26 us. Three launches add
 some 15 us where each is made from Python, so that 1.6 and 2.5 times the dense layer's speed are the most to hope for
-there; in a CUDA graph they add some 5 us. The sums of chunks add 2 % of the bytes of a quarter.
+there; in a CUDA graph they add some 5 us. The sums of chunks add 4 % of the bytes of a quarter.
 
 Grids depend on shapes alone, and nothing waits for the GPU: calls can be captured in a CUDA graph. Under torch.compile
 they are an operator of their own. What it reads is packed in the first pass that is not compiled, whatever its length.
