@@ -238,12 +238,14 @@ def _launch(
     y_td = torch.empty_like(x_td)
     whole = read_td is None or omitted_t1 is None
     inputs = (x_td, x_td, x_td) if read_td is None or omitted_t1 is None else (read_td, x_td - read_td, omitted_t1)
+    # One token: so many registers that four programs fit a multiprocessor, and all blocks of a layer run at once.
+    threads = {"num_warps": 4, "maxnreg": 128} if tokens == 1 else {"num_warps": 8}
     with torch.cuda.device(x_td.device) if x_td.is_cuda else contextlib.nullcontext():
         choose_experts[(blocks,)](
             x_td, *inputs, key, key_step, rest, rest_step, stat, bias, scale_d, gate_nd, u_nd, entry, activation, count,
             tokens, d_model, len(u_nd), groups, price, of_coarse, of_fine,
             T=1 if tokens == 1 else max(16, _power(tokens)), B=BLOCK, KIND=kind, EXACT=x_td.dtype == torch.float32,
-            ALL=whole, **wide,
+            ALL=whole, **wide, **threads,
         )  # fmt: skip
         add_experts[(tokens, chunks, parts_of_output)](
             entry, activation, count, v_code, v_step, v_nd, parts, d_model, halves, blocks, blocks_each,

@@ -228,13 +228,13 @@ def choose_experts(
 
 
 @triton.jit
-def _add_codes(low_ehj, high_ehj, a_e, read_e, code, step_row, place_hj, h, halves, H: tl.constexpr):
+def _add_codes(low_ehj, high_ehj, a_e, read_e, code, step_row, here_hj, h, halves):
     """The sums of both halves, and one copy of the output vectors that are read."""
     low_eh = tl.load(step_row[:, None] + h[None, :], read_e[:, None] & (h < halves)[None, :], 0.0).to(tl.float32)
     high_eh = tl.load(step_row[:, None] + halves + h[None, :], read_e[:, None] & (h < halves)[None, :], 0.0)
     a_e = tl.where(read_e, a_e, 0.0)
     low_eh, high_eh = a_e[:, None] * low_eh, a_e[:, None] * high_eh.to(tl.float32)
-    codes_ehj = tl.load(code, read_e[:, None, None] & (place_hj >= 0)[None, :, :], 0)
+    codes_ehj = tl.load(code, read_e[:, None, None] & here_hj[None, :, :], 0)
     low_ehj += low_eh[:, :, None] * ((codes_ehj & 15).to(tl.float32) - MIDDLE)
     high_ehj += high_eh[:, :, None] * ((codes_ehj >> 4).to(tl.float32) - MIDDLE)
     return low_ehj, high_ehj
@@ -264,7 +264,6 @@ def add_experts(
     here_hj = (h < halves)[:, None] & (j < GROUP)[None, :]
     place_hj = h[:, None] * GROUP + j[None, :]
     half = halves * GROUP
-    inside_hj = tl.where(here_hj, place_hj, -1)
     low_ehj, high_ehj = tl.zeros([E, H, J], tl.float32), tl.zeros([E, H, J], tl.float32)
     for k in range(chunk * blocks_each, tl.minimum((chunk + 1) * blocks_each, blocks)):
         listed = (t * blocks + k).to(tl.int64)
@@ -278,12 +277,11 @@ def add_experts(
             by_copy_e = (tier_e == COARSE) | (tier_e == FINE)
             step_e = step + n_e * 4 * halves
             low_ehj, high_ehj = _add_codes(
-                low_ehj, high_ehj, a_e, by_copy_e, code_ehj, step_e, inside_hj, h, halves, H
+                low_ehj, high_ehj, a_e, by_copy_e, code_ehj, step_e, here_hj, h, halves
             )  # fmt: skip
             if tl.max(tier_e, 0) >= FINE:
                 low_ehj, high_ehj = _add_codes(
-                    low_ehj, high_ehj, a_e, tier_e == FINE, code_ehj + half, step_e + 2 * halves, inside_hj, h, halves,
-                    H,
+                    low_ehj, high_ehj, a_e, tier_e == FINE, code_ehj + half, step_e + 2 * halves, here_hj, h, halves
                 )  # fmt: skip
                 full_e = tier_e == FULL
                 full_a_e = tl.where(full_e, a_e, 0.0)

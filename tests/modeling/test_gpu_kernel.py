@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from peerify.modeling import peer_gpu
 
 CASES = Path(__file__).with_name("gpu_kernel_cases.py")
 
@@ -28,16 +31,26 @@ def test_all_cases_in_the_interpreter() -> None:
     assert "skipped" not in said
 
 
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [
+def test_they_compile_for_an_h100(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folders = os.pathsep.join([str(CASES.parents[1] / "helpers"), os.environ["PYTHONPATH"]])
+    environment = {"PYTHONPATH": folders, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    said = run(str(CASES.with_name("gpu_kernel_compiles.py")), **environment, PEERIFY_KERNELS="triton")
+    assert said == "15 kernels"
+
+
+def test_why_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_gpu, "enabled", False)
+    for value, reason in (
         ("0", "switched off by PEERIFY_KERNELS=0"),
-        ("", "not measured yet; PEERIFY_KERNELS=triton switches it on"),
-        ("triton", "triton is not installed"),
-    ],
-)
-def test_why_they_are_not_used(kernels: str, reason: str) -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None; from peerify.modeling import peer_gpu as g; print(g.gpu_obstacle())"
-    )
-    assert run("-c", code, PEERIFY_KERNELS=kernels) == reason
+        ("1", "not measured yet; PEERIFY_KERNELS=triton switches it on"),
+    ):
+        monkeypatch.setenv("PEERIFY_KERNELS", value)
+        assert peer_gpu.gpu_obstacle() == reason
+    monkeypatch.setattr(peer_gpu, "enabled", True)
+    monkeypatch.setattr(peer_gpu, "interpreted", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(peer_gpu, "_has_triton", lambda: True)
+    assert peer_gpu.gpu_obstacle() == "there is no GPU"
+    monkeypatch.setattr(peer_gpu, "_has_triton", lambda: False)
+    assert peer_gpu.gpu_obstacle() == "triton is not installed"
