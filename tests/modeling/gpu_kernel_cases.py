@@ -27,7 +27,7 @@ from peerify.modeling import peer_cpu, peer_elastic_pool, peer_gpu
 from peerify.modules import peer_layers
 
 pytestmark = pytest.mark.skipif(peer_gpu.gpu_obstacle() is not None, reason=str(peer_gpu.gpu_obstacle()))
-DEVICE = "cpu" if peer_gpu.interpreted else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not peer_gpu.interpreted else "cpu"
 EXAMPLES = 20 if peer_gpu.interpreted else 200
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 

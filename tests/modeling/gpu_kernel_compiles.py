@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from elastic_reference import at, make
+from gpu_experts_cases import pool_of, retrieved
 from peer_reference import normals
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from peerify.modeling import peer_gpu
+from peerify.modeling.peer_gpu_experts import gathered_on_gpu
 
 
 class H100:
@@ -55,4 +57,7 @@ for d_model, experts, group, tokens, dtype, inputs in (
         peer_gpu.pack_for_gpu(layer.pool), normals(tokens, d_model, seed=3).to(dtype), layer.budget
     )
     assert not peer_gpu._broken, peer_gpu._broken
+for d_model, dtype in ((64, torch.bfloat16), (1, torch.float32)):
+    pool = pool_of(3, d_model, 5, dtype)
+    gathered_on_gpu(pool, normals(2, d_model, seed=3).to(dtype), retrieved(2, 3, 5, dtype)).sum().backward()
 print(len(compiled), "kernels")  # noqa: T201

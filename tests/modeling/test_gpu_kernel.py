@@ -12,13 +12,14 @@ import torch
 
 from peerify.modeling import peer_gpu
 
-CASES = Path(__file__).with_name("gpu_kernel_cases.py")
+HERE = Path(__file__).parent
+CASES = ("gpu_kernel_cases.py", "gpu_experts_cases.py")
 
 
 def run(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=900,
-        cwd=CASES.parents[2],
+        cwd=HERE.parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -26,17 +27,19 @@ def run(*arguments: str, **environment: str) -> str:
 
 def test_all_cases_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    said = run("-m", "pytest", str(CASES), "-x", TRITON_INTERPRET="1", PEERIFY_KERNELS="triton")
+    said = run(
+        "-m", "pytest", *(str(HERE / name) for name in CASES), "-x", TRITON_INTERPRET="1", PEERIFY_KERNELS="triton"
+    )
     assert "passed" in said
     assert "skipped" not in said
 
 
 def test_they_compile_for_an_h100(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    folders = os.pathsep.join([str(CASES.parents[1] / "helpers"), os.environ["PYTHONPATH"]])
+    folders = os.pathsep.join([str(HERE.parent / "helpers"), os.environ["PYTHONPATH"]])
     environment = {"PYTHONPATH": folders, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    said = run(str(CASES.with_name("gpu_kernel_compiles.py")), **environment, PEERIFY_KERNELS="triton")
-    assert said == "15 kernels"
+    said = run(str(HERE / "gpu_kernel_compiles.py"), **environment, PEERIFY_KERNELS="triton")
+    assert said == "29 kernels"
 
 
 def test_why_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
