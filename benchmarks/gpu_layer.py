@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from peerify.modeling import peer_gpu
+from peerify.modeling import peer_triton
 from peerify.modeling.peer_elastic import Budget, ElasticPEER
 
 WARM, TIMES = 5, 50
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--active", default="0.75,0.5,0.25")
     parser.add_argument("--device", default="cuda")
     asked = parser.parse_args()
-    if (why := peer_gpu.gpu_obstacle()) is not None:
+    if (why := peer_triton.obstacle()) is not None:
         raise SystemExit(f"the GPU kernels cannot be used: {why}")
     dtype = getattr(torch, asked.dtype)
     torch.manual_seed(0)
@@ -87,15 +87,15 @@ def main() -> None:
             spent = at_share(layer, x_td, share)
             y_td = layer(x_td)
             ours = [1e3 * milliseconds(run) for run in (once, captured(once))]
-            peer_gpu.enabled, layer.prefill_all = False, False
+            peer_triton.enabled, layer.prefill_all = False, False
             plain_td = layer(x_td).float()
-            peer_gpu.enabled, layer.prefill_all = True, True
+            peer_triton.enabled, layer.prefill_all = True, True
             error = float((y_td.float() - plain_td).norm() / plain_td.norm())
             print(
                 f"{tokens:6d} {spent:6.3f} {dense[0]:10.1f} ({dense[1]:.1f}) {ours[0]:13.1f} ({ours[1]:.1f}) "
                 f"{dense[0] / ours[0]:12.2f} ({dense[1] / ours[1]:.2f}) {spent * dense[1]:14.1f} {error:12.1e}"
             )
-    if (why := peer_gpu.gpu_obstacle()) is not None:
+    if (why := peer_triton.obstacle()) is not None:
         raise SystemExit(f"the GPU kernels failed: {why}")
 
 

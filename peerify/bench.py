@@ -17,7 +17,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peerify.errors import CheckpointError, UsageError
-from peerify.modeling import peer_cpu, peer_gpu
+from peerify.modeling import peer_cpu, peer_triton
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 
@@ -132,7 +132,7 @@ def kernel_status(model: nn.Module, device: str = "cpu") -> str | None:
     reasons = [reason for reason in misfits if reason]
     if not pools:
         return "the layers have no budgets"
-    obstacle = peer_cpu.obstacle() if on_cpu else peer_gpu.gpu_obstacle()
+    obstacle = peer_cpu.obstacle() if on_cpu else peer_triton.obstacle()
     return obstacle or (f"{len(reasons)} of {len(pools)} layers: {reasons[0]}" if reasons else None)
 
 

@@ -1,7 +1,8 @@
 """Text in, windows of tokens out, for calibration and evaluation alike.
 
 The protocol that makes perplexities compare: join the text, tokenise it once without special tokens, cut it
-into windows of `context` tokens that do not overlap, drop the remainder.
+into windows of `context` tokens that do not overlap, drop the remainder. Where the tokenizer puts a token before every
+text, as Llama's and Gemma's do, each window begins with it: such models have never read a text without.
 """
 
 from __future__ import annotations
@@ -61,20 +62,34 @@ def read_text(spec: str, max_characters: int | None = None) -> str:
 def tokenize(text: str, tokenizer: Any, context: int, max_tokens: int | None = None) -> torch.Tensor:
     """Windows (b, t) of int64 token ids, t = `context`; at most the first `max_tokens` tokens are used.
 
+    What `beginning` returns stands before each window, and counts.
+
     Raises:
         UsageError: `max_tokens` is less than one window.
         DataError: the text is shorter than one window.
     """
     if max_tokens is not None and max_tokens < context:
         raise UsageError(f"{max_tokens} tokens are less than one window: ask for at least {context} (the context)")
-    ids = token_ids(text, tokenizer)
-    count = min(len(ids), max_tokens if max_tokens is not None else len(ids)) // context
+    ids, first = token_ids(text, tokenizer), beginning(tokenizer)[: context - 1]
+    each = context - len(first)
+    count = len(ids) // each if max_tokens is None else min(len(ids) // each, max_tokens // context)
     if count == 0:
         raise DataError(
-            f"the text is too short: {len(ids)} tokens, and one window takes {context}; give more text or a "
+            f"the text is too short: {len(ids)} tokens, and one window takes {each}; give more text or a "
             "smaller --context"
         )
-    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)
+    windows_bt = torch.tensor(ids[: count * each], dtype=torch.int64).view(count, each)
+    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(count, -1), windows_bt], dim=1)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before every text; none where it also puts some behind it."""
+    try:
+        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    except Exception:  # of a tokenizer that somebody else made; the text itself will tell
+        return []
+    count = len(whole) - len(plain)
+    return list(whole[:count]) if count > 0 and whole[count:] == plain else []
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:

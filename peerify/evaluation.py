@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from peerify.continuations import after_prefill, continuation, continue_greedily, prompts_of
 from peerify.data import check_windows
 from peerify.errors import CheckpointError, DataError, UsageError
-from peerify.modules import peer_layers
+from peerify.modules import device_of, peer_layers, prefill
 from peerify.progress import Progress, teller
+from peerify.usage import counting, summary
 
 STAGE = "Evaluating"
 TOKENS_AT_ONCE = 128  # rows of the vocabulary softmax held in fp32; bounds memory, changes no result
@@ -55,10 +56,12 @@ def evaluate(
         ``{"perplexity", "tokens", "against", "layers"}``. tokens counts what was read. against is None or
         ``{"perplexity", "ratio", "kl", "agreement"}``, kl the mean KL(dense || model) per predicted token in nats,
         agreement the share of them for which both models find the same token most likely. Each
-        PEER layer has ``{"path", "num_experts", "bytes_fraction", "macs_fraction", "usage", "kl_uniform"}``: the
-        fractions are what a token took of the dense layer's bytes (in bfloat16) and multiply-adds, everything counted;
-        usage is the share of experts evaluated at least once, kl_uniform the KL from uniform of how often each was
-        (PEER paper, table 2).
+        PEER layer has ``{"path", "num_experts", "bytes_fraction", "macs_fraction", "usage", "kl_uniform",
+        "effective_experts", "bytes_per_token"}``: the fractions are what a token took of the dense layer's bytes (in
+        bfloat16) and multiply-adds, everything counted; usage is the share of experts evaluated at least once,
+        kl_uniform the KL from uniform of how often each was (PEER paper, table 2), effective_experts exp of the entropy
+        of that: so many experts, used equally often, would be as even. bytes_per_token is ``{"p5", "p50", "p95"}``: so
+        many of a hundred tokens take at most that share of the dense layer's bytes, to 0.001.
 
     Raises:
         CheckpointError, UsageError: see `perplexity`; also where the two vocabularies differ.
@@ -72,9 +75,9 @@ def evaluate(
     done, total = 0, windows_bt.shape[0]
     tell = teller(progress)
     tell(STAGE, done, total)
-    with _counting(model) as used, prefill(model, everything=False):
+    with counting(model) as used, prefill(model, everything=False):
         for batch_bt in windows_bt.split(batch_size):
-            logits = [each(input_ids=batch_bt.to(_device(each)), use_cache=False).logits for each in models]
+            logits = [each(input_ids=batch_bt.to(device_of(each)), use_cache=False).logits for each in models]
             if len({tensor.shape[-1] for tensor in logits}) > 1:
                 raise CheckpointError(
                     f"the two models have vocabularies of {logits[0].shape[-1]} and {logits[1].shape[-1]} "
@@ -109,14 +112,14 @@ def evaluate(
             "kl": kl / predictions,
             "agreement": agreed / predictions,
         },
-        "layers": [_usage(path, module, used[path]) for path, module in peer_layers(model).items()],
+        "layers": [summary(path, module, used[path]) for path, module in peer_layers(model).items()],
     }
 
 
 def evaluate_checkpoint(
     source: str,
     *,
-    data: str,
+    data: str | Sequence[str],
     active: Sequence[float] = (),
     against: str | None = None,
     context: int = 512,
@@ -133,21 +136,40 @@ def evaluate_checkpoint(
     Returns:
         The dict of `evaluate` with ``"model"`` in it, and in ``"against"`` where there is one; ``"data"`` (a file by
         its name only) and ``"context"``; of a model with budgets also ``"budgets": [{"active", "bytes_fraction",
-        "macs_fraction", "perplexity", "ratio", "kl", "agreement", "after_prefill"}]``, each at a budget for every
-        token, what is asked for first, which the rest of the dict is about. ratio, kl and agreement are None without
-        `against`; after_prefill is the perplexity of the second half of each window at the budget, the first half
-        being read with everything on, over the dense model's of that half.
+        "macs_fraction", "perplexity", "ratio", "kl", "agreement", "continuation", "after_prefill"}]``, each at a budget
+        for every token, what is asked for first, which the rest of the dict is about.
+
+        ratio, kl and agreement are None without `against`, and so are continuation, which is in ``"against"`` as well,
+        and after_prefill. continuation is ``{"mean", "of", "prompts"}``: how many tokens the model adds to a prompt,
+        always the most likely one, before the dense model would have added another, as a mean over prompts from all
+        over the text and of how many at most. after_prefill is the perplexity of the second half of each window at the
+        budget, the first half being read with everything on, over the dense model's of that half. Both are None where a
+        model keeps no cache.
+
+        Of several texts: ``{"model", "context", "against", "texts"}``, against being None or ``{"model"}``, and texts
+        a list of what each would give alone.
 
     Args:
+        data: a text, or several.
         active: budgets, as shares of the dense layers' bytes; none: the model's own.
+        max_tokens: of each text.
 
     Raises:
-        CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`.
+        CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`; UsageError also
+            where there is no text, or two have the same name.
     """
     from peerify.checkpoint.load import load_for_eval
     from peerify.data import check_source, load_windows, public_name
 
-    check_source(data)  # a wrong name is told before a large model is read
+    specs = [data] if isinstance(data, str) else list(data)
+    for spec in specs:
+        check_source(spec)  # a wrong name is told before a large model is read
+    names = [public_name(spec) for spec in specs]
+    if not names:
+        raise UsageError("no text was given to measure on: name a .txt file or a Hub dataset")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UsageError(f"two texts have the name {name}, by which their results are told apart: rename one")
 
     def load(name: str, revision: str | None) -> Any:
         if progress is not None:
@@ -161,28 +183,53 @@ def evaluate_checkpoint(
     ours = load(source, revision)
     _check(ours.model, torch.zeros(1, 1).expand(1, context))
     own = budgets_of(ours.model, active)
-    windows_bt = load_windows([data], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
-    dense = load(against, None) if against is not None else None
-    result, rows = None, []
-    for share in active or own or [1.0]:
-        if own:
-            ours.model.set_active(share)
-        measured = evaluate(
-            ours.model,
-            windows_bt,
-            against=dense.model if dense is not None else None,
-            batch_size=batch_size,
-            progress=progress if len(active) < 2 else _labelled(progress, f"{share:.4g} active"),
-        )
+    texts = [
+        load_windows([spec], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
+        for spec in specs
+    ]
+    dense = load(against, None).model if against is not None else None
+    results = []
+    for name, windows_bt in zip(names, texts, strict=True):
+        tell = progress if len(texts) == 1 else _labelled(progress, name)
+        result = _at_budgets(ours.model, dense, windows_bt, (active or own) if own else (), batch_size, tell)
+        if dense is not None:
+            result["against"] = {"model": against, **result["against"]}
+        results.append({"model": source, "data": name, "context": context, **result})
+    if len(results) == 1:
+        return results[0]
+    compared = {"model": against} if against is not None else None
+    return {"model": source, "context": context, "against": compared, "texts": results}
+
+
+def _at_budgets(
+    model: Any,
+    dense: Any,
+    windows_bt: torch.Tensor,
+    shares: Sequence[float],
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What `evaluate_checkpoint` says of one text; `shares`: budgets, none for a model that has no choice."""
+    result: dict[str, Any] = {}
+    rows, dense_bn = [], None
+    budgets: Sequence[float | None] = shares or [None]
+    for share in budgets:
+        tell = progress if share is None or len(shares) == 1 else _labelled(progress, f"{share:.4g} active")
+        if share is not None:
+            model.set_active(share)
+        measured = evaluate(model, windows_bt, against=dense, batch_size=batch_size, progress=tell)
+        after = None
+        if dense is not None:
+            after = after_prefill(model, dense, windows_bt) if share is not None else None
+            prompts_bt, following = prompts_of(windows_bt, [model, dense])
+            if dense_bn is None:  # the same at every budget
+                dense_bn = continue_greedily(dense, prompts_bt, following, progress=progress)
+            alike = continuation(model, prompts_bt, dense_bn, progress=tell) if dense_bn is not None else None
+            measured["against"]["continuation"] = alike
+        if share is not None:
+            rows.append(_budget(share, measured) | {"after_prefill": after})
         result = result or measured
-        if own:
-            rows.append(_budget(share, measured) | {"after_prefill": _after_prefill(ours.model, dense, windows_bt)})
-    assert result is not None
-    if own:
-        result["budgets"] = rows
-    if result["against"] is not None:
-        result["against"] = {"model": against, **result["against"]}
-    return {"model": source, "data": public_name(data), "context": context, **result}
+    return result | ({"budgets": rows} if shares else {})
 
 
 def budgets_of(model: Any, active: Sequence[float]) -> list[float]:
@@ -203,42 +250,8 @@ def _budget(active: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     """A row of "budgets"."""
     layers, against = measured["layers"], measured["against"] or {}
     mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("bytes_fraction", "macs_fraction")}
-    compared = {key: against.get(key) for key in ("ratio", "kl", "agreement")}
+    compared = {key: against.get(key) for key in ("ratio", "kl", "agreement", "continuation")}
     return {"active": active, **mean, "perplexity": measured["perplexity"], **compared}
-
-
-@torch.inference_mode()
-def _after_prefill(model: Any, dense: Any, windows_bt: torch.Tensor) -> float | None:
-    """See `evaluate_checkpoint`; None without a dense model, or where a model keeps no cache of what it has read."""
-    half = windows_bt.shape[1] // 2
-    if dense is None or half < 2:
-        return None
-    loss = [0.0, 0.0]
-    for row in windows_bt.split(1):
-        for i, each in enumerate((model, dense.model)):
-            ids = row.to(_device(each))
-            with prefill(each, everything=True):
-                past = each(input_ids=ids[:, :half], use_cache=True).past_key_values
-            if past is None:
-                return None
-            with prefill(each, everything=False):
-                logits = each(input_ids=ids[:, half:-1], past_key_values=past, use_cache=True).logits[0]
-            loss[i] += float(nn.functional.cross_entropy(logits.float(), ids[0, half + 1 :], reduction="sum"))
-    return math.exp((loss[0] - loss[1]) / (len(windows_bt) * (windows_bt.shape[1] - half - 1)))
-
-
-@contextmanager
-def prefill(model: nn.Module, *, everything: bool) -> Iterator[None]:
-    """While open, layers with budgets evaluate everything of many tokens at once, or keep to their budget."""
-    layers = [layer for layer in peer_layers(model).values() if hasattr(layer, "prefill_all")]
-    before = [layer.prefill_all for layer in layers]
-    for layer in layers:
-        layer.prefill_all = everything
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.prefill_all = was
 
 
 def _labelled(progress: Progress | None, label: str) -> Progress | None:
@@ -256,10 +269,6 @@ def _check(model: Any, windows_bt: torch.Tensor) -> None:
     check_windows(windows_bt, model)
 
 
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
-
-
 def _perplexity(mean_loss: float, model: nn.Module) -> float:
     if not math.isfinite(mean_loss):
         raise CheckpointError(
@@ -267,55 +276,3 @@ def _perplexity(mean_loss: float, model: nn.Module) -> float:
             "and check the weights"
         )
     return math.exp(min(mean_loss, 700.0))  # e^709 is the largest double
-
-
-class _Used:
-    """What the tokens seen so far used of a layer."""
-
-    def __init__(self, layer: Any) -> None:
-        self.count_n = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.tokens, self.bytes, self.macs = 0, 0.0, 0.0
-
-    def add(self, mask_tn: torch.Tensor, read: float, done: float) -> None:
-        tokens = len(mask_tn)
-        self.count_n += mask_tn.sum(dim=0).cpu()
-        self.tokens += tokens
-        self.bytes, self.macs = self.bytes + read * tokens, self.macs + done * tokens
-
-
-@contextmanager
-def _counting(model: nn.Module) -> Iterator[dict[str, _Used]]:
-    """While open, every forward adds to {path: what was used of the layer}."""
-    used: dict[str, _Used] = {}
-    hooks, watched = [], []
-    for path, layer in peer_layers(model).items():
-        used[path] = _Used(layer)
-        if getattr(layer, "budget", None) is not None and layer.budget.price > 0:  # says itself what it chooses, once
-            layer.watch(used[path].add)
-            watched.append(layer)
-            continue
-
-        def count(module: Any, args: tuple[torch.Tensor, ...], path: str = path) -> None:
-            used[path].add(*module.usage(args[0].flatten(0, -2)))
-
-        hooks.append(layer.register_forward_pre_hook(count))
-    try:
-        yield used
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in watched:
-            layer.watch(None)
-
-
-def _usage(path: str, layer: Any, used: _Used) -> dict[str, Any]:
-    share_n = used.count_n / used.count_n.sum().clamp_min(1)
-    entropy = torch.special.entr(share_n).sum().item()
-    return {
-        "path": path,
-        "num_experts": int(layer.num_experts),
-        "bytes_fraction": used.bytes / max(1, used.tokens),
-        "macs_fraction": used.macs / max(1, used.tokens),
-        "usage": (used.count_n > 0).double().mean().item(),
-        "kl_uniform": max(0.0, math.log(len(share_n)) - entropy),
-    }

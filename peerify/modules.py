@@ -1,10 +1,12 @@
-"""Parts of a model, by their paths."""
+"""Parts of a model, by their paths, and how its layers read prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -23,3 +25,22 @@ def blocks_around(model: nn.Module, paths: Iterable[str]) -> list[str]:
                 lists[".".join(parts[:i])] = None
                 break
     return [f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()]
+
+
+@contextmanager
+def prefill(model: nn.Module, *, everything: bool) -> Iterator[None]:
+    """While open, layers with budgets evaluate everything of many tokens at once, or keep to their budget."""
+    layers = [layer for layer in peer_layers(model).values() if hasattr(layer, "prefill_all")]
+    before = [layer.prefill_all for layer in layers]
+    for layer in layers:
+        layer.prefill_all = everything
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.prefill_all = was
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model of transformers takes its tokens."""
+    return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from peerify.bench import WITHOUT, _compared, _taking, kernel_status
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_gpu
+from peerify.modeling import peer_cpu, peer_kernels, peer_triton
 from peerify.modules import peer_layers
 
 
@@ -101,12 +101,12 @@ def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for pool in pools:
         pool.misfit = None
     assert kernel_status(model) == peer_cpu.obstacle()
-    assert kernel_status(model, "cuda:0") == peer_gpu.gpu_obstacle()
+    assert kernel_status(model, "cuda:0") == peer_triton.obstacle()
     assert kernel_status(model, "mps") == "there is none for mps"
     if peer_cpu.obstacle() is None:
         pools[0].misfit = "it is odd"
         assert kernel_status(model) == f"1 of {len(pools)} layers: it is odd"
-    monkeypatch.setattr(peer_cpu, "enabled", False)
+    monkeypatch.setattr(peer_kernels, "enabled", False)
     found = json.loads(run("env", "--json").stdout)
     assert found["kernels"] == {
         "cpu, few tokens": "switched off by PEERIFY_KERNELS=0",

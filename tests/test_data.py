@@ -43,13 +43,23 @@ def test_max_tokens_keeps_the_first_tokens_and_whole_windows() -> None:
     assert torch.equal(tokenize(text, tokenizer, 10, 10**6), everything)
 
 
-def test_no_special_tokens_are_added() -> None:
-    class Careful:
-        def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
-            assert settings["add_special_tokens"] is False
-            return {"input_ids": [ord(letter) for letter in text]}
+class Marking:
+    """A tokenizer that puts tokens before and behind every text."""
 
-    assert tokenize("abcd", Careful(), 2).tolist() == [[97, 98], [99, 100]]
+    def __init__(self, before: list[int], behind: list[int]) -> None:
+        self.before, self.behind = before, behind
+
+    def __call__(self, text: str, *, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
+        letters = [ord(letter) for letter in text]
+        return {"input_ids": [*self.before, *letters, *self.behind] if add_special_tokens else letters}
+
+
+def test_windows_begin_as_every_text_does() -> None:
+    """As Llama's and Gemma's; BERT's marks, which enclose a text, and T5's end belong to no window of a longer one."""
+    assert tokenize("abcdef", Marking([1], []), 3).tolist() == [[1, 97, 98], [1, 99, 100], [1, 101, 102]]
+    assert tokenize("abcdef", Marking([1], []), 3, 8).tolist() == [[1, 97, 98], [1, 99, 100]]
+    for marks in ([], []), ([1], [2]), ([], [2]):
+        assert tokenize("abcd", Marking(*marks), 2).tolist() == [[97, 98], [99, 100]]
 
 
 @pytest.mark.parametrize("characters", [0, 9])

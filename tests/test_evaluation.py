@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, random_text, tiny_model, tiny_tokenizer
+from checkpoints import VOCABULARY, random_text, text_file, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import nn
 
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.peer import PeerConfig
+from peerify.continuations import continuation, continue_greedily, prompts_of
 from peerify.conversion.model import convert
 from peerify.data import load_windows
 from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.evaluation import evaluate, evaluate_checkpoint, perplexity
 from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
+from peerify.usage import Used, summary
 
 
 def random_windows(rows: int, context: int) -> torch.Tensor:
@@ -141,6 +143,7 @@ def test_usage_counts_every_retrieval_of_every_token() -> None:
         assert row["kl_uniform"] == pytest.approx(
             sum(share * math.log(share * layer.num_experts) for share in shares), rel=1e-6
         )
+        assert row["effective_experts"] == pytest.approx(math.prod(share**-share for share in shares), rel=1e-6)
     assert result["layers"][0]["usage"] <= 9 / 12
 
 
@@ -162,6 +165,7 @@ def test_peer_layers_are_counted_by_their_own_account() -> None:
     dense, query, keys = 3 * 24 * 16, 2 * 8 * 16, 2 * (4 + 6) * 4
     assert row["bytes_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
     assert row["macs_fraction"] == pytest.approx((3 * 6 * 16 + query + keys) / dense)
+    assert row["bytes_per_token"] == pytest.approx(dict.fromkeys(("p5", "p50", "p95"), row["bytes_fraction"]), abs=5e-4)
 
 
 @pytest.fixture
@@ -191,9 +195,34 @@ def test_layers_with_budgets_are_counted_at_the_budget(elastic: Any) -> None:
             assert row["usage"] == pytest.approx(mask_tn.any(0).double().mean().item())
             assert row["bytes_fraction"] == pytest.approx(read)
             assert row["macs_fraction"] == pytest.approx(done)
+            reads = sorted(layer.usage(x_d[None])[1] for x_d in torch.cat(inputs))  # of each token by itself
+            assert (reads[0] == reads[-1]) == (active == 1)
+            for percent in (5, 50, 95):
+                at_most = reads[math.ceil(percent / 100 * len(reads)) - 1]
+                assert row["bytes_per_token"][f"p{percent}"] == pytest.approx(at_most, abs=0.00051)
             assert layer.prefill_all
             assert layer.pool.observer is None
         assert (result["against"]["kl"] < 1e-9) == (active == 1)
+
+
+def test_percentiles_are_those_of_all_tokens_one_by_one() -> None:
+    used = Used(Retrieving(4, 3, never=0))
+    assert [used.percentile(percent) for percent in (5, 50, 95)] == [0, 0, 0], "no tokens"
+    parts = [torch.rand(random.randint(1, 60), dtype=torch.float64) ** 2 * 2 for _ in range(5)]
+    for read_t in parts:
+        used.add(torch.ones(len(read_t), 3, dtype=torch.bool), read_t, read_t)
+    reads = sorted(torch.cat(parts).tolist())
+    for percent in (1, 5, 50, 95, 100):
+        assert used.percentile(percent) == pytest.approx(reads[math.ceil(percent / 100 * len(reads)) - 1], abs=0.00051)
+    used.add(torch.ones(1000, 3, dtype=torch.bool), *[torch.full((1000,), 1e9)] * 2)
+    assert used.percentile(95) == 10, "a layer that reads absurdly much takes no more memory"
+
+
+def test_a_layer_that_no_token_reached_used_nothing() -> None:
+    layer = Retrieving(16, 12, never=0)
+    row = summary("mlp", layer, Used(layer))
+    assert (row["usage"], row["effective_experts"]) == (0, 0)
+    assert row["bytes_per_token"] == {"p5": 0, "p50": 0, "p95": 0}
 
 
 def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:
@@ -220,16 +249,62 @@ def test_budgets_of_a_checkpoint(elastic: Any, tmp_path: Path) -> None:
         for key in ("bytes_fraction", "macs_fraction"):
             assert row[key] == pytest.approx(sum(layer[key] for layer in wanted["layers"]) / 2)
         assert row["after_prefill"] == pytest.approx(naive_after_prefill(elastic, dense, windows), rel=1e-4)
+        assert row["continuation"] == continued(elastic, dense, windows)
     assert found["perplexity"] == found["budgets"][0]["perplexity"]
+    assert found["against"]["continuation"] == found["budgets"][0]["continuation"]
+    same = evaluate_checkpoint(str(tmp_path / "dense"), against=str(tmp_path / "dense"), **options)
+    assert same["against"]["continuation"] == {"mean": 32, "of": 32, "prompts": 5}, "also of models without budgets"
 
     (row,) = evaluate_checkpoint(str(tmp_path / "peer"), **options)["budgets"]
     assert row["active"] == 0.6, "the model's own"
-    assert row["ratio"] is row["kl"] is row["agreement"] is row["after_prefill"] is None
+    assert row["ratio"] is row["kl"] is row["agreement"] is row["continuation"] is row["after_prefill"] is None
     assert "budgets" not in evaluate_checkpoint(str(tmp_path / "dense"), **options)
     with pytest.raises(UsageError, match="--active is for models that were converted with copies as keys"):
         evaluate_checkpoint(str(tmp_path / "dense"), active=[0.5], **options)
     with pytest.raises(UsageError, match=r"--active 0\.01: give shares of 0\.\d+ to 1, by commas"):
         evaluate_checkpoint(str(tmp_path / "peer"), active=[0.01], **options)
+
+
+def continued(model: Any, dense: Any, windows: torch.Tensor) -> dict[str, Any] | None:
+    """What test_continuations.py compares with `generate`."""
+    prompts, following = prompts_of(windows, [model, dense])
+    dense_bn = continue_greedily(dense, prompts, following)
+    assert dense_bn is not None
+    return continuation(model, prompts, dense_bn)
+
+
+def test_several_texts_are_what_each_gives_alone(elastic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    elastic.save_pretrained("peer")
+    tiny_checkpoint(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained("peer")
+    texts = [str(text_file(tmp_path / name, 300)) for name in ("a.txt", "b.txt", "c.txt")]
+    options: dict[str, Any] = {"context": 24, "max_tokens": 120}
+    alone: dict[str, Any] = {}
+    for asked in ({"active": [0.8, 1.0], "against": "dense"}, {"active": [0.7]}, {}):
+        alone = {text: evaluate_checkpoint("peer", data=text, **asked, **options) for text in texts}
+        calls: list[Any] = []
+        together = evaluate_checkpoint(
+            "peer", data=texts, **asked, **options, progress=lambda *call, calls=calls: calls.append(call)
+        )
+        assert together["texts"] == [alone[text] for text in texts]
+        assert [row["data"] for row in together["texts"]] == ["a.txt", "b.txt", "c.txt"]
+        assert together.keys() == {"model", "context", "against", "texts"}
+        assert together["against"] == ({"model": "dense"} if "against" in asked else None)
+        assert calls.count(("Loading peer", 0, 1)) == 1
+        assert any(stage.startswith("Evaluating") and stage.endswith(", b.txt") for stage, _, _ in calls)
+    assert evaluate_checkpoint("peer", data=texts[:1], **options) == alone[texts[0]]
+
+
+def test_texts_that_cannot_be_told_apart_are_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    texts = [str(text_file(folder / "a.txt", 50)) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(UsageError, match=r"two texts have the name a\.txt, by which .*: rename one"):
+        evaluate_checkpoint("no/model", data=texts)
+    with pytest.raises(UsageError, match="no text was given to measure on"):
+        evaluate_checkpoint("no/model", data=[])
+    with pytest.raises(DataError, match=r"no such text file: .*gone\.txt"):
+        evaluate_checkpoint("no/model", data=[texts[0], "gone.txt"])
 
 
 def keep_to_budget(model: Any, *, always: bool) -> None:

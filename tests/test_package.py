@@ -60,6 +60,8 @@ LEVELS = [
         "data",
         "conversion",
         "publishing",
+        "usage",
+        "continuations",
         "evaluation",
         "bench",
         "training",

@@ -82,21 +82,29 @@ def edited_card(folder: Path) -> str | None:
 
 
 def record_results(folder: Path, result: Mapping[str, Any]) -> None:
-    """Note what `peerify eval --json` said in peerify.json, in place of an older result on the same text, and card."""
+    """Note what `peerify eval --json` said in peerify.json, and card; an older result on the same text is replaced."""
     record = read_record(folder, PublishError)
+    rows = record.get("evaluation", [])
+    for text in result.get("texts", [result]):
+        kept = _kept(text)
+        rows = [*(row for row in rows if _task(row) != _task(kept)), kept]
+    record["evaluation"] = rows
+    write_record(folder, record)
+    write_card(folder)
+
+
+def _kept(result: Mapping[str, Any]) -> Any:
+    """What is noted of a result on one text; a local dense model by its name only."""
     kept: Any = {key: result[key] for key in ("data", "context", "tokens", "perplexity", "against") if key in result}
     if kept.get("against"):
         model = str(kept["against"].get("model"))
         is_path = model.startswith(("/", ".", "~")) or local_path(model, PublishError).exists()
         kept["against"] = {**kept["against"], "model": Path(model).name if is_path else model}
+    return kept
 
-    def task(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row.get("data"), row.get("context"), row["tokens"], (row.get("against") or {}).get("model")
 
-    rows = [row for row in record.get("evaluation", []) if task(row) != task(kept)]
-    record["evaluation"] = [*rows, kept]
-    write_record(folder, record)
-    write_card(folder)
+def _task(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row.get("data"), row.get("context"), row["tokens"], (row.get("against") or {}).get("model")
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -188,7 +196,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         "## Healing",
         _healing(record.get("training")),
         "## Limits",
-        "- The PyTorch code computes every expert and masks: it is exact, and slower than the dense layer.\n"
+        f"- {_SPEED if elastic else 'Time follows what is retrieved only where many experts face few tokens.'}\n"
         "- Quality is lower on inputs unlike those it was calibrated on.\n"
         "- What the base model should not be used for, this one should not be used for either.\n"
         "- It cannot be written as GGUF: llama.cpp has no PEER layer.",
@@ -208,6 +216,12 @@ _BUDGETS = (
     "expert in full; `from_pretrained(..., peer_active=0.25)` begins so. Where a sequence brings more than a few "
     "tokens at once, all experts are evaluated in full; `peer_prefill` and `prefill` set to `budget` keep to the "
     "budget there, too."
+)
+
+
+_SPEED = (
+    "One or two tokens at once are decoded faster on a CPU where numba is installed (`pip install numba`). Everywhere "
+    "else, on GPUs too, it takes the dense model's time."
 )
 
 

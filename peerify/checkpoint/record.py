@@ -84,6 +84,13 @@ class Result(TypedDict):
 
 
 @with_config(_MORE)
+class Results(TypedDict):
+    """Likewise, on several texts."""
+
+    texts: Annotated[list[Result], Field(min_length=1)]
+
+
+@with_config(_MORE)
 class TrainedOn(TypedDict):
     """One text of a training."""
 
@@ -198,6 +205,7 @@ class Peer(TypedDict):
 _PEER: TypeAdapter[Peer] = TypeAdapter(Peer)
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
+_RESULTS: TypeAdapter[Results] = TypeAdapter(Results)
 
 
 def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
@@ -222,9 +230,10 @@ def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
     return content
 
 
-def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result:
+def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result | Results:
     """`result`, once it is known to be what `peerify eval --json` writes. Raises `fault`, which begins with `where`."""
-    return _checked(_RESULT, result, where, fault, "give what `peerify eval --json` writes")
+    adapter: TypeAdapter[Any] = _RESULTS if isinstance(result, dict) and "texts" in result else _RESULT
+    return cast("Result | Results", _checked(adapter, result, where, fault, "give what `peerify eval --json` writes"))
 
 
 def check_layers(config: Mapping[str, Any], where: str, fault: type[PeerifyError]) -> None:

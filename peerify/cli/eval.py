@@ -24,8 +24,9 @@ def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
 @click.option(
     "--data",
     required=True,
+    multiple=True,
     metavar="TEXT",
-    help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split).",
+    help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split). Give it again for another.",
 )
 @click.option(
     "--active",
@@ -37,7 +38,7 @@ def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
 @click.option(
     "--context", type=click.IntRange(min=2, max=2**31), default=512, show_default=True, help="Tokens per window."
 )
-@click.option("--max-tokens", type=COUNT, help="Use only the first N tokens of the text.", metavar="N")
+@click.option("--max-tokens", type=COUNT, help="Use only the first N tokens of each text.", metavar="N")
 @click.option("--batch-size", type=COUNT, default=2, show_default=True, help="Windows run at once.")
 @click.option("--device", default="cpu", show_default=True, help=describe("device"))
 @click.option(
@@ -52,21 +53,26 @@ def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL, dense or converted, and how its experts are used.
 
-    With --against, also how far it is from the dense model: ratio of perplexities, KL divergence, and how
-    often both find the same token most likely. The text is tokenised once, cut into windows that do not
-    overlap, and tokens 2…n of each are predicted, every one at the budget.
+    With --against, also how far it is from the dense model: ratio of perplexities, KL divergence, how often
+    both find the same token most likely, and how many tokens both add to a prompt before they part, of up to
+    64 and always the most likely one. The text is tokenised once, cut into windows that do not overlap, and
+    tokens 2…n of each are predicted, every one at the budget.
+
+    Several texts are measured each by itself, with models loaded once; --json then lists them under "texts",
+    each as it would be alone.
 
     \b
     Examples:
       peerify eval smol-peer --data test.txt
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --max-tokens 16384
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --active 0.25,0.5,1
+      peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data wiki.txt --data code.txt
       peerify eval gpt2 --data wikitext:wikitext-2-raw-v1:test --json
     """
     with library(as_json) as progress:
         from peerify.evaluation import evaluate_checkpoint
 
         result = evaluate_checkpoint(model, progress=progress, **settings)
-    from peerify.cli import tables
+    from peerify.cli import evaluation_tables, tables
 
-    tables.print_json(result) if as_json else tables.print_evaluation(result)
+    tables.print_json(result) if as_json else evaluation_tables.print_evaluation(result)

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+
+from peerify.cli.evaluation_tables import print_evaluation
+from peerify.cli.layout import console as _console
+from peerify.cli.layout import table as _table
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -132,57 +134,6 @@ def print_plan(result: Mapping[str, Any]) -> None:
     )
 
 
-def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Perplexities, then one row per PEER layer."""
-    console = _console()
-    against = result["against"]
-    if against:
-        table = _table("model", ">perplexity", ">ratio", ">KL from dense")
-        compared = f"{against['ratio']:.3f}×", f"{against['kl']:.4f}"
-        table.add_row(result["model"], f"{result['perplexity']:.2f}", *compared)
-        table.add_row(against["model"], f"{against['perplexity']:.2f}")
-    else:
-        table = _table("model", ">perplexity")
-        table.add_row(result["model"], f"{result['perplexity']:.2f}")
-    console.print(table)
-    console.print(f"{result['tokens']:,} tokens")
-    if len(result.get("budgets", [])) > 1:
-        _print_budgets(console, result["budgets"])
-    layers = result["layers"]
-    if not layers:
-        return
-    keys = ("bytes_fraction", "macs_fraction", "usage", "kl_uniform")
-    table = _table("layer", ">experts", ">bytes", ">multiply-adds", ">used", ">KL from uniform")
-
-    def cells(values: Mapping[str, float]) -> list[str]:
-        return [*(f"{values[key]:.1%}" for key in keys[:3]), f"{values[keys[3]]:.3f}"]
-
-    for layer in layers:
-        table.add_row(layer["path"], f"{layer['num_experts']:,}", *cells(layer))
-    table.add_section()
-    table.add_row("mean", "", *cells({key: sum(layer[key] for layer in layers) / len(layers) for key in keys}))
-    console.print(table)
-
-
-def _print_budgets(console: Console, budgets: Sequence[Mapping[str, Any]]) -> None:
-    """One row per budget."""
-    compared = budgets[0]["ratio"] is not None
-    more = (">ratio", ">KL from dense", ">same token", ">ratio after prefill") if compared else ()
-    table = _table(">active", ">bytes", ">multiply-adds", ">perplexity", *more)
-    for row in budgets:
-        after = row["after_prefill"]
-        table.add_row(
-            f"{row['active']:.4g}",
-            f"{row['bytes_fraction']:.1%}",
-            f"{row['macs_fraction']:.1%}",
-            f"{row['perplexity']:.2f}",
-            *((f"{row['ratio']:.3f}×", f"{row['kl']:.4f}", f"{row['agreement']:.1%}") if compared else ()),
-            *(("–" if after is None else f"{after:.3f}×",) if compared else ()),
-        )
-    console.print()
-    console.print(table)
-
-
 def print_push(result: Mapping[str, Any]) -> None:
     """Every file, then where the model is; of a dry run the card as well."""
     console = _console()
@@ -262,27 +213,6 @@ def print_training_plan(plan: Mapping[str, Any]) -> None:
         f"tokens, {plan['tokens']:,} tokens and {_count(plan['flops'])} FLOPs in all; checkpoints take up to "
         f"{_bytes(plan['checkpoint_bytes'])}"
     )
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 1000  # rich assumes 80 columns for a pipe and would cut the paths
-    return console
-
-
-def _table(*headers: str) -> Table:
-    """Headers that start with ">" are for numbers, aligned to the right."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for header in headers:
-        table.add_column(
-            header.removeprefix(">"),
-            justify="right" if header.startswith(">") else "left",
-            # On a narrow screen words fold, numbers do not.
-            no_wrap=header not in ("layer", "model", "stays dense"),
-            overflow="fold",
-        )
-    return table
 
 
 def _topk(layer: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from peerify.errors import ConversionError
 from peerify.modeling.modeling_peer import make_layer
 from peerify.modeling.peer_copies import Copy, Estimate
 from peerify.modeling.peer_elastic import Budget, ElasticPEER
-from peerify.modeling.peer_elastic_pool import COARSE, FINE, FULL
+from peerify.modeling.peer_evaluation import COARSE, FINE, FULL
 
 LEVELS = (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INPUTS = (1.0, 0.75, 0.5, 0.35, 0.25)  # shares that a layer may read to estimate

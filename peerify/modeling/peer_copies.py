@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .peer_many import both_copies, can_round
+
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's largest number: the one with the least squared error is taken
 EXPONENT = 0.5  # of the inputs' sizes, in the scaling before rounding
 ROWS = 2**22  # numbers that are rounded at a time: bounds memory
@@ -94,7 +96,7 @@ def rounded(w_nd: torch.Tensor, bits: int, group: int, scale_d: torch.Tensor | N
     for clip in CLIPS:
         step = _as_bfloat16(largest * (clip / half)).clamp_min(TINY)  # as it is stored
         level = (grouped / step).floor_().clamp_(-half, half - 1)
-        error = (level + 0.5).mul_(step).sub_(grouped).square_().sum(-1, keepdim=True)
+        error = (level + 0.5).mul_(step).sub_(grouped).square_().sum(-1, keepdim=True, dtype=torch.float64)
         if found is None or least is None:
             found, least = (level, step), error
         else:
@@ -140,23 +142,20 @@ def make_codes(pool: Any) -> Codes:
     Raises:
         ValueError: its `input_rms` cannot be what was measured.
     """
-    rms_d = pool.input_rms.float()
-    if not torch.compiler.is_compiling() and not bool((rms_d.isfinite() & (rms_d >= 0)).all()):
-        raise ValueError(
-            "input_rms of a PEER layer has numbers that are not finite or below 0: the weights are damaged; convert "
-            "the model again"
-        )
-    scale_d = (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
+    _, scale_d = _sizes(pool)
 
-    def both(w_nd: torch.Tensor, scale: torch.Tensor | None) -> tuple[Rounded, Rounded]:
+    def both(w_nd: torch.Tensor, scale_d: torch.Tensor) -> tuple[Rounded, Rounded]:
+        if can_round(w_nd):
+            found = both_copies(w_nd, pool.bits, pool.group, scale_d, torch.ones_like(scale_d), numbers=False)
+            code = found.code.unflatten(-1, (-1, pool.group))
+            return Rounded(code[0], found.step[0]), Rounded(code[1], found.step[1])
         w_nd = w_nd.float()
-        coarse = rounded(w_nd, pool.bits, pool.group, scale)
-        left_nd = w_nd - numbers(coarse, pool.bits, w_nd.shape[1], scale)
-        return coarse, rounded(left_nd, pool.bits, pool.group, scale)
+        coarse = rounded(w_nd, pool.bits, pool.group, scale_d)
+        left_nd = w_nd - numbers(coarse, pool.bits, w_nd.shape[1], scale_d)
+        return coarse, rounded(left_nd, pool.bits, pool.group, scale_d)
 
-    return Codes(
-        both(pool.u, scale_d), None if pool.gate is None else both(pool.gate, scale_d), both(pool.v, None), scale_d
-    )
+    gate = None if pool.gate is None else both(pool.gate, scale_d)
+    return Codes(both(pool.u, scale_d), gate, both(pool.v, torch.ones_like(scale_d)), scale_d)
 
 
 @torch.no_grad()
@@ -169,53 +168,52 @@ def make_copies(pool: Any, codes: Codes | None = None) -> Copies:
     Raises:
         ValueError: see `make_codes`.
     """
-    codes = codes or make_codes(pool)
-    rms_d, columns = pool.input_rms.float(), pool.u.shape[1]
+    rms_d, scale_d = _sizes(pool)
+    ones_d = torch.ones_like(rms_d)
+    by_kernel = codes is None and can_round(pool.u)
+    codes = None if by_kernel else codes or make_codes(pool)
 
-    def both(pair: tuple[Rounded, Rounded], scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers of the coarse and of the fine copy, float32."""
-        coarse_nd, rest_nd = (numbers(each, pool.bits, columns, scale) for each in pair)
-        return coarse_nd, coarse_nd + rest_nd
-
-    def error(w_nd: torch.Tensor, copy_nd: torch.Tensor) -> torch.Tensor:
+    def both(
+        w_nd: torch.Tensor, pair: tuple[Rounded, Rounded] | None, scale_d: torch.Tensor, weight_d: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The coarse and the fine copy as numbers, and the norms of their weighted errors."""
+        if pair is None:
+            found = both_copies(w_nd, pool.bits, pool.group, scale_d, weight_d, numbers=True)
+            assert found.numbers is not None
+            return [(found.numbers[i].to(w_nd.dtype), found.error[i]) for i in range(2)]
+        coarse_nd, rest_nd = (numbers(each, pool.bits, w_nd.shape[1], scale_d) for each in pair)
         # Errors of rounding do not depend on each other, so those of single inputs add up.
-        return ((copy_nd - w_nd.float()) * rms_d).norm(dim=1)
+        return [
+            (copy_nd.to(w_nd.dtype), ((copy_nd - w_nd.float()) * weight_d).norm(dim=1))
+            for copy_nd in (coarse_nd, coarse_nd + rest_nd)
+        ]
 
     def rms(w_nd: torch.Tensor) -> torch.Tensor:
-        return w_nd.float().norm(dim=1) / columns**0.5
+        return w_nd.float().norm(dim=1) / w_nd.shape[1] ** 0.5
 
     reach = pool.u.float().square().sum(0)
-    of_gate: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    if codes.gate is not None:
-        of_gate = both(codes.gate, codes.scale_d)
+    of_gate: list[Any] = [(None, None)] * 2
+    if pool.gate is not None:
+        of_gate = both(pool.gate, codes and codes.gate, scale_d, rms_d)
         reach += pool.gate.float().square().sum(0)
+    of_u, of_v = both(pool.u, codes and codes.u, scale_d, rms_d), both(pool.v, codes and codes.v, ones_d, ones_d)
     coarse, fine = (
-        Copy(
-            u_nd.to(pool.u.dtype),
-            None if gate_nd is None else gate_nd.to(pool.u.dtype),
-            v_nd.to(pool.v.dtype),
-            error(pool.u, u_nd),
-            None if gate_nd is None else error(pool.gate, gate_nd),
-            (pool.v.float() - v_nd).square().sum(1),
-        )
-        for u_nd, gate_nd, v_nd in zip(both(codes.u, codes.scale_d), of_gate, both(codes.v, None), strict=True)
+        Copy(u_nd, gate_nd, v_nd, u_error_n, gate_error_n, v_error_n.square())
+        for (u_nd, u_error_n), (gate_nd, gate_error_n), (v_nd, v_error_n) in zip(of_u, of_gate, of_v, strict=True)
     )
     gate_rms_n = None if pool.gate is None else rms(pool.gate)
     return Copies(coarse, fine, rms(pool.u), gate_rms_n, pool.v.float().square().sum(1), reach.sqrt())
 
 
-def with_gradients(pool: Any, copies: Copies) -> Copies:
-    """The same copies, whose gradients pass to the experts as if nothing were rounded."""
-
-    def straight_through(copy_nd: torch.Tensor, w_nd: torch.Tensor) -> torch.Tensor:
-        return copy_nd + (w_nd - w_nd.detach()) if w_nd.requires_grad else copy_nd
-
-    def both(copy: Copy) -> Copy:
-        gate_nd = None if copy.gate_nd is None else straight_through(copy.gate_nd, pool.gate)
-        u_nd, v_nd = straight_through(copy.u_nd, pool.u), straight_through(copy.v_nd, pool.v)
-        return copy._replace(u_nd=u_nd, gate_nd=gate_nd, v_nd=v_nd)
-
-    return copies._replace(coarse=both(copies.coarse), fine=both(copies.fine))
+def _sizes(pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the inputs, both (d,): their sizes, and what scales them up where vectors that meet them are rounded."""
+    rms_d = pool.input_rms.float()
+    if not torch.compiler.is_compiling() and not bool((rms_d.isfinite() & (rms_d >= 0)).all()):
+        raise ValueError(
+            "input_rms of a PEER layer has numbers that are not finite or below 0: the weights are damaged; convert "
+            "the model again"
+        )
+    return rms_d, (rms_d / rms_d.mean().clamp_min(TINY)).clamp_min(1e-4) ** EXPONENT
 
 
 def largest_inputs(x_td: torch.Tensor, reach_d: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -235,23 +233,35 @@ def largest_inputs(x_td: torch.Tensor, reach_d: torch.Tensor, share: float) -> t
     return x_td * mask_td.to(x_td.dtype), omitted_t1
 
 
-def estimate(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> Estimate:
+class Keyed(NamedTuple):
+    """Products with the keys."""
+
+    gate_tn: torch.Tensor | None
+    u_tn: torch.Tensor
+    omitted_t1: torch.Tensor | None
+    """Squared norm of the inputs that were not read; None: all were."""
+
+
+def meet_keys(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> Keyed:
+    """Products of that share of each token's inputs with the keys."""
+    read_td, omitted_t1 = largest_inputs(x_td, copies.reach_d, inputs)
+    exact = torch.float64 if x_td.dtype == torch.float64 else torch.float32
+    coarse = copies.coarse
+    gate_tn = None if coarse.gate_nd is None else F.linear(read_td, coarse.gate_nd, pool.gate_bias).to(exact)
+    return Keyed(gate_tn, F.linear(read_td, coarse.u_nd, pool.u_bias).to(exact), omitted_t1)
+
+
+def estimate(pool: Any, copies: Copies, keyed: Keyed) -> Estimate:
     """What the copies tell of each expert for each token.
 
     The error of a product is taken as normal. Expectations of the activation function are by Gauss-Hermite quadrature
     with three points, exact for polynomials of degree 5.
-
-    Args:
-        inputs: share of the inputs that are read.
     """
-    read_td, omitted_t1 = largest_inputs(x_td, copies.reach_d, inputs)
-    exact = torch.float64 if x_td.dtype == torch.float64 else torch.float32
 
-    def product(
-        table: torch.Tensor, bias: torch.Tensor | None, error_n: torch.Tensor, rms_n: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        z_tn = F.linear(read_td, table, bias).to(exact)
-        return z_tn, error_n if omitted_t1 is None else (omitted_t1 * rms_n.square() + error_n.square()).sqrt()
+    def deviation(error_n: torch.Tensor, rms_n: torch.Tensor) -> torch.Tensor:
+        if keyed.omitted_t1 is None:
+            return error_n
+        return (keyed.omitted_t1 * rms_n.square() + error_n.square()).sqrt()
 
     def activation(z_tn: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """E act(z) and E act(z)^2."""
@@ -261,23 +271,23 @@ def estimate(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> Es
         return mean_tn, (low_tn.square() + high_tn.square() + 4 * middle_tn.square()) / 6
 
     coarse, fine = copies.coarse, copies.fine
-    u_tn, u_deviation = product(coarse.u_nd, pool.u_bias, coarse.u_error_n, copies.u_rms_n)
-    if coarse.gate_nd is None:
-        a_tn, square_tn = activation(u_tn, u_deviation)
+    of_u = deviation(coarse.u_error_n, copies.u_rms_n)
+    if keyed.gate_tn is None:
+        a_tn, square_tn = activation(keyed.u_tn, of_u)
         variance_tn = square_tn - a_tn.square()
-        left = fine.u_error_n / u_deviation.clamp_min(TINY)
+        left = fine.u_error_n / of_u.clamp_min(TINY)
     else:
         assert coarse.gate_error_n is not None
         assert fine.gate_error_n is not None
         assert copies.gate_rms_n is not None
-        gate_tn, deviation = product(coarse.gate_nd, pool.gate_bias, coarse.gate_error_n, copies.gate_rms_n)
-        mean_tn, square_tn = activation(gate_tn, deviation)
-        up_tn = pool.up_of(u_tn)
+        of_gate = deviation(coarse.gate_error_n, copies.gate_rms_n)
+        mean_tn, square_tn = activation(keyed.gate_tn, of_gate)
+        up_tn = pool.up_of(keyed.u_tn)
         a_tn, up2_tn = mean_tn * up_tn, up_tn.square()
-        noise_tn = square_tn * u_deviation.square()
+        noise_tn = square_tn * of_u.square()
         variance_tn = (square_tn - mean_tn.square()) * up2_tn + noise_tn
         square_tn = square_tn * up2_tn + noise_tn
-        left = fine.gate_error_n / deviation.clamp_min(TINY)
+        left = fine.gate_error_n / of_gate.clamp_min(TINY)
     # The fine copies' errors are so small that the activation is a line to them: their variance is in proportion.
     spread_tn = variance_tn.clamp_min(0) * copies.energy_n
     return Estimate(

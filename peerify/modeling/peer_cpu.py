@@ -2,8 +2,7 @@
 """An elastic layer for few tokens on a CPU, in one pass over what each token reads; needs numba.
 
 What `ElasticPool` does by dense products with numbers is done here on packed codes, so that time follows the bytes that
-a budget leaves. Threads are those of PyTorch, started by its own OpenMP library: a second set of threads would wait for
-the first one's cores. Without numba or that library, layers run without this.
+a budget leaves. Where kernels cannot be used (peer_kernels.py), layers run without this.
 
 Keys lie by inputs: a byte holds the gate's code of an expert in its low half and the up code in its high half, so that
 inputs which are not read are skipped, and products run along experts. All other codes lie by experts. A byte of those
@@ -16,21 +15,16 @@ blocks, g groups.
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
 import math
-import os
-import sys
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .peer_copies import Rounded, make_codes, make_copies
+from .peer_kernels import kernel, obstacle, run
+from .peer_many import ACTIVATIONS, BLOCK
 
-SWITCH = "PEERIFY_KERNELS"  # environment variable: 0 switches kernels off
 # The largest share of the dense layer's bytes at which the kernel is the faster one, by number type, for up to so many
 # tokens at once. Measured by `peerify bench` on two cores with AVX-512.
 FASTER = {
@@ -38,12 +32,8 @@ FASTER = {
     torch.bfloat16: ((1, 0.6), (2, 0.3)),
     torch.float16: ((1, 0.6), (2, 0.3)),
 }
-enabled = os.environ.get(SWITCH) != "0"
 FEW = 8  # tokens, the most that the kernel is used for
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads
-BLOCK = 64  # experts: a cache line of codes holds what one input meets
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3, "relu2": 4}
-PATIENCE = 3.0  # seconds of compiling, after which a person is told why nothing happens
 
 
 # What the kernel is told, by place: numbers, and addresses of contiguous arrays of float32 or as said.
@@ -111,22 +101,6 @@ class Packed:
 # --- Whether it can be used ---------------------------------------------------------------------------------------
 
 
-def obstacle() -> str | None:
-    """Why no layer can use the kernel here; None: nothing is in the way."""
-    if not enabled:
-        return f"switched off by {SWITCH}=0"
-    if not _has_numba():
-        return "numba is not installed"
-    if torch.get_num_threads() > 1 and _openmp() is None:
-        return "PyTorch's threads are not OpenMP's, or its library cannot be called"
-    return _broken[0] if _broken else None
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def misfit(pool: Any) -> str | None:
     """Why the kernel cannot be used for these experts; None: it can."""
     d_model = pool.u.shape[1]
@@ -146,8 +120,7 @@ def usable(pool: Any, x_td: torch.Tensor) -> bool:
     """Whether the kernel can compute what these tokens ask of `pool`."""
     u_nd = pool.u
     return (
-        enabled
-        and 0 < len(x_td) <= FEW
+        0 < len(x_td) <= FEW
         and type(x_td) is torch.Tensor  # no tensor of a tracer
         and x_td.is_cpu
         and x_td.dtype == u_nd.dtype
@@ -227,7 +200,6 @@ def pack(pool: Any) -> Packed:
 
 def few_tokens(packed: Packed, x_td: torch.Tensor, budget: Any) -> torch.Tensor:
     """What the pool that was packed computes at a budget with a price; `usable` says when."""
-    threads = 1 if _forked else torch.get_num_threads()
     whole = x_td.dtype == torch.float32
     x_td = x_td.contiguous()
     x, y_td = x_td if whole else x_td.float(), torch.empty_like(x_td, dtype=torch.float32)
@@ -236,63 +208,17 @@ def few_tokens(packed: Packed, x_td: torch.Tensor, budget: Any) -> torch.Tensor:
     frame[X], frame[Y], frame[PARTS] = x.data_ptr(), y_td.data_ptr(), parts.data_ptr()
     work = _work(x_td.dtype)
     assert work is not None
-    if threads == 1:
-        work(ctypes.addressof(frame))
-    else:
-        openmp = _openmp()
-        assert openmp is not None
-        openmp(work, ctypes.addressof(frame), threads, 0)
+    run(work, frame)
     return y_td if whole else y_td.to(x_td.dtype)
-
-
-@functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the library whose threads PyTorch uses."""
-    try:  # PyTorch loads its libraries so that every other one finds their symbols
-        found = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    found.restype = None
-    return found  # type: ignore[no-any-return]
-
-
-_broken: list[str] = []  # why the kernel could not be built, once that is known
-_forked: list[bool] = []  # threads of OpenMP do not survive a fork
-_compiling = threading.Lock()
-_compiled: dict[torch.dtype, Any] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 def _work(dtype: torch.dtype) -> Any:
     """The kernel for that number type, compiled where it was not before; None where that fails."""
-    if dtype not in _compiled:
-        with _compiling:
-            if dtype not in _compiled:
-                _compiled[dtype] = _built(dtype)
-    return _compiled[dtype]
-
-
-def _built(dtype: torch.dtype) -> Any:
     name = str(dtype).removeprefix("torch.")
-    told = threading.Timer(PATIENCE, _say, [f"compiling the CPU kernel for {name}: once, about ten seconds"])
-    told.daemon = True
-    told.start()
-    try:
+
+    def compile_it() -> Any:
         from .peer_cpu_kernel import compiled
 
-        function = compiled(name)
-    except Exception as error:  # numba's and LLVM's errors have no class in common
-        _broken.append(f"it could not be built: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        _say(f"the CPU kernel is not used, {_broken[-1]}")
-        return None
-    finally:
-        told.cancel()
-    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
-    work.compiled = function  # type: ignore[attr-defined]  # lives as long
-    return work
+        return compiled(name)
 
-
-def _say(text: str) -> None:
-    print(f"peerify: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    return kernel(f"kernel for {name}", compile_it)

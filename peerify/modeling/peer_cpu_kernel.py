@@ -52,21 +52,13 @@ from .peer_cpu_vectors import (
     TOGETHER,
     add_codes,
     add_full,
-    address,
-    after,
-    at,
-    bytes_,
     dots,
-    fetch,
-    floats,
     full_dots,
-    halves,
     key_products,
-    take,
-    words,
 )
+from .peer_vectors import address, after, at, bytes_, fetch, floats, halves, take, words
 
-try:  # see peer_cpu_vectors.py
+try:  # see peer_vectors.py
     from numba import carray, cfunc, njit, types
 except ImportError:
     raise
@@ -93,7 +85,7 @@ def _exp(x: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _activate(z_rb: Any, r: int, block: int, kind: int) -> None:
+def activate(z_rb: Any, r: int, block: int, kind: int) -> None:
     """The first numbers of row r, in place; kinds as of `peer_cpu.ACTIVATIONS`."""
     one, half = np.float32(1.0), np.float32(0.5)
     if kind == 0:
@@ -114,7 +106,7 @@ def _activate(z_rb: Any, r: int, block: int, kind: int) -> None:
 
 
 @njit(fastmath=FAST)
-def _decide(
+def decide(
     z_2b: Any, stat_8n: Any, bias_2n: Any, first: int, omitted: Any, price_3: Any, kind: int, a_4b: Any, tier_b: Any
 ) -> None:
     """Activations by the coarse copies, in a_4b[3], and how each expert is read.
@@ -133,7 +125,7 @@ def _decide(
         a_4b[1, b] = z_2b[0, b]
         a_4b[2, b] = z_2b[0, b] + node * deviation
     for row in range(3):
-        _activate(a_4b, row, BLOCK, kind)
+        activate(a_4b, row, BLOCK, kind)
     for b in range(BLOCK):
         n = first + b
         low, middle, high, up, energy = a_4b[0, b], a_4b[1, b], a_4b[2, b], z_2b[1, b], stat_8n[4, n]
@@ -229,7 +221,7 @@ def _work(frame: Any, u: Any, gate: Any, v: Any) -> None:
                     after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), x,
                     at(read_td, t * d_model), at(start_tg, t * (groups + 1)), groups, at(z_2b, 0),
                 )  # fmt: skip
-                _decide(z_2b, stat_8n, bias_2n, k * BLOCK, omitted_t[t], price_3, kind, a_4b, tier_b)
+                decide(z_2b, stat_8n, bias_2n, k * BLOCK, omitted_t[t], price_3, kind, a_4b, tier_b)
                 here = min(BLOCK, experts - k * BLOCK)
                 for b in range(here):
                     n = k * BLOCK + b
@@ -247,7 +239,7 @@ def _work(frame: Any, u: Any, gate: Any, v: Any) -> None:
                             after(gate, n * d_model), after(u, n * d_model), at(x_td, t * d_model), d_model
                         )
                         one_11[0, 0] = z_gate + bias_2n[0, n]
-                        _activate(one_11, 0, 1, kind)
+                        activate(one_11, 0, 1, kind)
                         add_full(after(v, n * d_model), y, one_11[0, 0] * (z_u + bias_2n[1, n]), d_model)
                         continue
                     activation = a_4b[3, b]
@@ -263,7 +255,7 @@ def _work(frame: Any, u: Any, gate: Any, v: Any) -> None:
                             after(code, n * 2 * padded), after(step, n * 4 * groups), x, totals, groups, group
                         )
                         one_11[0, 0] = z_gate + more_gate
-                        _activate(one_11, 0, 1, kind)
+                        activate(one_11, 0, 1, kind)
                         activation = one_11[0, 0] * (z_u + more_u)
                     for copy in range(tier):  # the coarse copy of the output vector, and what the fine one adds to it
                         source_e[found] = address(after(code, n * 2 * padded + padded + copy * padded // 2))

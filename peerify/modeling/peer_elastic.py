@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .peer_elastic_pool import NONE, Budget, ElasticPool, mean_counts
+from .peer_elastic_pool import Budget, ElasticPool, mean_counts
+from .peer_evaluation import NONE
 
 
 class ElasticPEER(nn.Module):

@@ -12,17 +12,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .peer_copies import Copies, Estimate, estimate, largest_inputs, make_copies, with_gradients
-from .peer_cpu import FEW, faster, few_tokens, misfit, pack, usable
+from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
+from .peer_cpu import faster, few_tokens, misfit, pack, usable
+from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
 from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, gpu_misfit, pack_for_gpu, packs_for_gpu
-
-AT_ONCE = 256  # tokens, on a CPU: so many fit its cache
-NONE, COARSE, FINE, FULL = range(4)  # how an expert is read: not at all, by one of its copies, in full
 
 
 class Budget(NamedTuple):
@@ -125,53 +122,7 @@ class ElasticPool(ExpertPool):
         if hurry:
             return self.products(x_td)[2] @ self.v
         copies = self.copies()
-        if choice:
-            return self.choose(x_td, copies, budget)
-        if torch.is_grad_enabled():
-            copies = with_gradients(self, copies)
-        if x_td.device.type == "cpu" and len(x_td) > AT_ONCE and not torch.compiler.is_compiling():
-            return torch.cat([self._summed(part, copies, budget) for part in x_td.split(AT_ONCE)])
-        return self._summed(x_td, copies, budget)
-
-    def _summed(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> torch.Tensor:
-        with torch.no_grad():
-            estimated_tn, tier_tn = self.choose(x_td, copies, budget)
-        coarse = copies.coarse
-        if torch.is_grad_enabled():
-            # The gradient is that of the activation in the middle of what it may be: it costs a third to remember.
-            read_td, _ = largest_inputs(x_td, copies.reach_d, budget.inputs)
-            gate_tn = None if coarse.gate_nd is None else F.linear(read_td, coarse.gate_nd, self.gate_bias)
-            middle_tn = self.activate(F.linear(read_td, coarse.u_nd, self.u_bias), gate_tn)
-            estimated_tn = middle_tn + (estimated_tn - middle_tn).detach()
-        if self.observer is not None:
-            self.observer(tier_tn)
-        y_td = (estimated_tn * (tier_tn == COARSE)).to(x_td.dtype) @ coarse.v_nd
-        fine = copies.fine
-        y_td = self._add(y_td, x_td, tier_tn == FINE, fine.u_nd, fine.gate_nd, fine.v_nd)
-        return self._add(y_td, x_td, tier_tn == FULL, self.u, self.gate, self.v)
-
-    def _add(
-        self,
-        y_td: torch.Tensor,
-        x_td: torch.Tensor,
-        mask_tn: torch.Tensor,
-        u_nd: torch.Tensor,
-        gate_nd: torch.Tensor | None,
-        v_nd: torch.Tensor,
-    ) -> torch.Tensor:
-        """`y_td` and the experts that each token takes of these tables."""
-        rows: Any = slice(None)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            used_n = mask_tn.any(0)
-            if not bool(used_n.any()):
-                return y_td
-            if len(x_td) <= FEW:
-                rows = used_n.nonzero()[:, 0]
-        u_tn = F.linear(x_td, u_nd[rows], None if self.u_bias is None else self.u_bias[rows])
-        gate_tn = None
-        if gate_nd is not None:
-            gate_tn = F.linear(x_td, gate_nd[rows], None if self.gate_bias is None else self.gate_bias[rows])
-        return y_td + (self.activate(u_tn, gate_tn) * mask_tn[:, rows]) @ v_nd[rows]
+        return self.choose(x_td, copies, budget) if choice else at_budget(self, x_td, copies, budget)
 
     def choose(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> Choice:
         """How each expert is read for each token; see the docstring of peer_elastic.py."""
@@ -180,7 +131,7 @@ class ElasticPool(ExpertPool):
 
     def estimate(self, x_td: torch.Tensor, copies: Copies, inputs: float) -> Estimate:
         """What the copies tell of each expert for each token, from that share of its inputs."""
-        return estimate(self, copies, x_td, inputs)
+        return estimate(self, copies, meet_keys(self, copies, x_td, inputs))
 
     def tiers(self, found: Estimate, price: float, inputs: float) -> torch.Tensor:
         """How each expert is read at that price, once that share of the inputs has met the keys: uint8 (t, n)."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .peer_gathered import Combine, Project, Rows, usable
 from .peer_keys import Retrieved
 
 GATHERED = 2**19  # numbers of gathered rows at a time on a CPU: from its cache they are read in a third of the time
@@ -79,8 +80,13 @@ class ExpertPool(nn.Module):
 
     def gathered(self, x_td: torch.Tensor, found: Retrieved) -> torch.Tensor:
         """`forward` of routed experts that are given as indices: only their rows are read."""
+        u_nd, gate_nd, v_nd = self.u, self.gate, self.v  # each once: adapters compute them
+        if usable(x_td, *(table for table in (u_nd, gate_nd, v_nd) if table is not None)):
+            y_td = self._by_kernel(x_td, found, u_nd, gate_nd, v_nd)
+            return y_td + self._shared(x_td) if self.num_shared else y_td
         at_once = max(1, GATHERED // (found.index_tk.shape[1] * x_td.shape[1]))
-        if x_td.device.type == "cpu" and len(x_td) > at_once:
+        # Each part would make gradients of whole tables of its own.
+        if x_td.device.type == "cpu" and len(x_td) > at_once and not torch.is_grad_enabled():
             parts = zip(x_td.split(at_once), found.split(at_once), strict=True)
             return torch.cat([self.gathered(x, part) for x, part in parts])
         index_tk, weight_tk = found
@@ -93,6 +99,31 @@ class ExpertPool(nn.Module):
         a_tk = self.activate(project(self.u, self.u_bias), gate_tk) * weight_tk.to(x_td.dtype)
         y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
         return y_td + self._shared(x_td) if self.num_shared else y_td
+
+    def has_kernel(self, x_td: torch.Tensor) -> bool:
+        """Whether `gathered` makes no copies of rows for these tokens."""
+        return usable(x_td, *(table for table in (self.u, self.v, self.gate) if table is not None))
+
+    def _by_kernel(
+        self,
+        x_td: torch.Tensor,
+        found: Retrieved,
+        u_nd: torch.Tensor,
+        gate_nd: torch.Tensor | None,
+        v_nd: torch.Tensor,
+    ) -> torch.Tensor:
+        """`gathered` without copies of rows and without the always-on experts; computed in float32."""
+        rows, x = Rows(found.index_tk, len(u_nd)), x_td.float()
+
+        def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            z_tk = Project.apply(x, table, rows)
+            return z_tk if bias is None else z_tk + bias[rows.index_tk]
+
+        gate_tk = None if gate_nd is None else project(gate_nd, self.gate_bias)
+        a_tk = self.activate(project(u_nd, self.u_bias), gate_tk) * found.weight_tk
+        y_td = Combine.apply(a_tk.float(), v_nd, rows)
+        device = x_td.device.type
+        return y_td.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_td.dtype)
 
     def _shared(self, x_td: torch.Tensor) -> torch.Tensor:
         """Sum of the always-on experts' outputs, (t, d)."""

@@ -1,8 +1,7 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
 """An elastic layer for few tokens on a GPU, in three kernels that read what each token needs; needs triton.
 
-The kernels are in peer_gpu_kernel.py. Their results were compared with the plain path's in Triton's interpreter. Their
-speed has not been measured on any GPU yet, so they are used only where the environment has PEERIFY_KERNELS=triton.
+The kernels are in peer_gpu_kernel.py; peer_triton.py says whether they can be used.
 
 On paper: decoding one token is bound by the bytes of weights. A layer of 4096 inputs and 14336 experts has 352 MB in
 bfloat16, which an H100 (3.35 TB/s) reads in 105 us. Half the bytes take 53 us and a quarter 26 us. Three launches add
@@ -21,13 +20,8 @@ blocks, g groups, h groups of half an output vector.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import importlib.util
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from .peer_copies import Rounded, largest_inputs, make_codes, make_copies
-from .peer_cpu import ACTIVATIONS, SWITCH
+from .peer_cpu import ACTIVATIONS
+from .peer_triton import DTYPES, broken, obstacle, on_device, reaches
 
 AT_MOST = 64  # tokens that the kernels are used for
 BLOCK = 32  # experts: a sector of memory holds what one input meets
@@ -43,9 +38,6 @@ GROUP = 128  # numbers, the most that are handled at a time; larger groups are c
 TOGETHER = 8  # output vectors that a program adds at a time
 OUTPUTS = 256  # of each half of the output, that a program of `add_experts` sums
 PROGRAMS = 1024  # of `add_experts`, about: a few for each multiprocessor
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-enabled = os.environ.get(SWITCH) == "triton"
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
 
 
 class PackedForGPU(NamedTuple):
@@ -66,23 +58,6 @@ class PackedForGPU(NamedTuple):
 # --- Whether it can be used ---------------------------------------------------------------------------------------
 
 
-def gpu_obstacle() -> str | None:
-    """Why no layer can use the kernels here; None: nothing is in the way."""
-    if not enabled:
-        off = os.environ.get(SWITCH) == "0"
-        return f"switched off by {SWITCH}=0" if off else f"not measured yet; {SWITCH}=triton switches it on"
-    if not _has_triton():
-        return "triton is not installed"
-    if not interpreted and not torch.cuda.is_available():
-        return "there is no GPU"
-    return _broken[0] if _broken else None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def gpu_misfit(pool: Any) -> str | None:
     """Why the kernels cannot be used for these experts; None: they can."""
     for wrong, reason in (
@@ -100,10 +75,9 @@ def packs_for_gpu(pool: Any, x_td: torch.Tensor) -> bool:
     """Whether the kernels can compute what tokens like these ask of `pool`, if they are not too many."""
     u_nd = pool.u
     return (
-        enabled
-        and pool.gpu_misfit is None
+        pool.gpu_misfit is None
         and type(x_td) is torch.Tensor  # no tensor of a tracer
-        and (x_td.is_cuda or (interpreted and x_td.is_cpu))
+        and reaches(x_td)
         and x_td.dtype == u_nd.dtype
         and x_td.device == u_nd.device
         and x_td.dtype in DTYPES
@@ -112,8 +86,7 @@ def packs_for_gpu(pool: Any, x_td: torch.Tensor) -> bool:
         and not u_nd.is_inference()
         and pool._parameters.keys() >= {"u", "gate", "v"}  # none is computed from adapters
         and not hasattr(pool, "_hf_hook")
-        and not torch.jit.is_tracing()
-        and gpu_obstacle() is None
+        and obstacle() is None
     )
 
 
@@ -195,12 +168,8 @@ def few_tokens_on_gpu(packed: PackedForGPU, x_td: torch.Tensor, budget: Any) -> 
     try:
         return _launch(x_td, None if omitted_t1 is None else read_td, omitted_t1, *packed[:2], *numbers)
     except Exception as error:  # those of Triton, of the compilers under it and of drivers have no class in common
-        _broken.append(f"it failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        print(f"peerify: the GPU kernels are not used, {_broken[-1]}", file=sys.stderr, flush=True)  # noqa: T201
+        broken(error)
         return None
-
-
-_broken: list[str] = []  # why the kernels cannot be used, once that is known
 
 
 def _launch(
@@ -240,7 +209,7 @@ def _launch(
     inputs = (x_td, x_td, x_td) if read_td is None or omitted_t1 is None else (read_td, x_td - read_td, omitted_t1)
     # One token: so many registers that four programs fit a multiprocessor, and all blocks of a layer run at once.
     threads = {"num_warps": 4, "maxnreg": 128} if tokens == 1 else {"num_warps": 8}
-    with torch.cuda.device(x_td.device) if x_td.is_cuda else contextlib.nullcontext():
+    with on_device(x_td):
         choose_experts[(blocks,)](
             x_td, *inputs, key, key_step, rest, rest_step, stat, bias, scale_d, gate_nd, u_nd, entry, activation, count,
             tokens, d_model, len(u_nd), groups, price, of_coarse, of_fine,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .peer_selection import cell_scores, topk_indices
+from .peer_selection import cell_scores, sorted_topk, topk_indices
+from .peer_topk import MOST, Picked, cells, searches
 
 
 class ProductKeys(nn.Module):
@@ -81,12 +82,7 @@ class ProductKeys(nn.Module):
             init.zeros_(self.sub_key_bias)
 
     def sub_scores(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of the row keys (t, h, a) and of the column keys (t, h, b)."""
-        row_tha, column_thb = self.products(x_td).split(self.grid, dim=-1)
-        return row_tha, column_thb
-
-    def products(self, x_td: torch.Tensor) -> torch.Tensor:
-        """Sub-keys times queries, with biases: (t, h, m)."""
+        """Scores of the row keys (t, h, a) and of the column keys (t, h, b): sub-keys times queries, with biases."""
         tokens, heads = x_td.shape[0], self.num_heads
         query = x_td if self.query_proj is None else self.query_proj(x_td)
         if self.query_norm is not None:
@@ -98,16 +94,24 @@ class ProductKeys(nn.Module):
                 query = self.query_norm(query)
         if self.query_proj is None:
             score_thm = (query @ self.sub_keys.flatten(0, 1).T).view(tokens, len(self.sub_keys), sum(self.grid))
+            scores = score_thm.split(self.grid, dim=-1)
         else:
             half_th2r = query.view(tokens, heads, 2, self.sub_keys.shape[-1])
-            row_key, column_key = self.sub_keys.split(self.grid, dim=1)
-            row_tha = torch.einsum("thr,har->tha", half_th2r[:, :, 0], row_key.expand(heads, -1, -1))
-            column_thb = torch.einsum("thr,hbr->thb", half_th2r[:, :, 1], column_key.expand(heads, -1, -1))
-            score_thm = torch.cat([row_tha, column_thb], dim=-1)
+            pairs = zip(half_th2r.unbind(2), self.sub_keys.split(self.grid, dim=1), strict=True)
+            # Keys that heads share meet all of their queries in one product.
+            scores = tuple(
+                half_thr @ key_har[0].T if len(key_har) == 1 else torch.einsum("thr,har->tha", half_thr, key_har)
+                for half_thr, key_har in pairs
+            )
         if self.sub_key_bias is not None:
-            score_thm = score_thm + self.sub_key_bias
+            scores = tuple(s + bias for s, bias in zip(scores, self.sub_key_bias.split(self.grid, dim=1), strict=True))
         # Sums of two half-precision scores tie far too often for a sharp top-k.
-        return score_thm if score_thm.dtype == torch.float64 else score_thm.float()
+        row_tha, column_thb = (score if score.dtype == torch.float64 else score.float() for score in scores)
+        return row_tha, column_thb
+
+    def products(self, x_td: torch.Tensor) -> torch.Tensor:
+        """The scores of row and column keys beside each other: (t, h, m)."""
+        return torch.cat(self.sub_scores(x_td), dim=-1)
 
     def forward(
         self, x_td: torch.Tensor, topk: int | None, joint: bool = False
@@ -125,7 +129,12 @@ class ProductKeys(nn.Module):
         """
         if topk is None:
             return None, cell_scores(self, *self.sub_scores(x_td))
-        index_thc, score_thc = self._candidates(*self.sub_scores(x_td), topk)
+        row_tha, column_thb = self.sub_scores(x_td)
+        if self._searches(row_tha, column_thb, topk, joint):
+            row_thk, column_thk = cells(row_tha, column_thb, topk)
+            score_thk = Picked.apply(row_tha, row_thk) + Picked.apply(column_thb, column_thk)
+            return row_thk * self.grid[1] + column_thk + self._grids(x_td.device), score_thk
+        index_thc, score_thc = self._candidates(row_tha, column_thb, topk)
         if joint:
             index_thc, score_thc = index_thc.flatten(1)[:, None], score_thc.flatten(1)[:, None]
         if score_thc.shape[-1] > topk:
@@ -133,13 +142,25 @@ class ProductKeys(nn.Module):
             score_thc, index_thc = score_thc.gather(-1, kept_thc), index_thc.gather(-1, kept_thc)
         return index_thc, score_thc
 
+    def _searches(self, row_tha: torch.Tensor, column_thb: torch.Tensor, topk: int, joint: bool) -> bool:
+        """Whether the cells of each head can be searched by a kernel: of whole grids, one at a time."""
+        sides = [(row_tha, min(topk, self.grid[0])), (column_thb, min(topk, self.grid[1]))]
+        rows, columns = self.grid
+        whole = self.full_rows == rows and not joint
+        return whole and topk <= min(MOST, rows * columns) and all(searches(*side) for side in sides)
+
+    def _grids(self, device: torch.device) -> torch.Tensor:
+        """The first expert of each head's grid, (h, 1)."""
+        cells_each = 0 if self.share_pool else self.grid[0] * self.grid[1]
+        return torch.arange(self.num_heads, device=device)[:, None] * cells_each
+
     def _candidates(
         self, row_tha: torch.Tensor, column_thb: torch.Tensor, topk: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cells among which the `topk` best of each head surely are, with their scores."""
         rows, columns = self.grid
         device, tail_thb = row_tha.device, None
-        grids = torch.arange(self.num_heads, device=device)[:, None] * (0 if self.share_pool else rows * columns)
+        grids = self._grids(device)
         if self.full_rows < rows:  # spare cells: drop the incomplete rows of the last grid, look at its tail apart
             is_last = torch.ones(self.num_heads, dtype=torch.bool, device=device)
             is_last[:-1] = self.share_pool
@@ -153,8 +174,8 @@ class ProductKeys(nn.Module):
         if topk * topk < rows * columns:
             # With rows and columns sorted, (i+1)(j+1) cells are at least as good as cell (i, j): only those pairs
             # with (i+1)(j+1) <= topk can be among the best, about k ln k instead of k^2.
-            row_tha, row_index = row_tha.topk(min(topk, rows), dim=-1)
-            column_thb, column_index = column_thb.topk(min(topk, columns), dim=-1)
+            row_tha, row_index = sorted_topk(row_tha, min(topk, rows))
+            column_thb, column_index = sorted_topk(column_thb, min(topk, columns))
             pairs = [
                 (i, j) for i in range(row_tha.shape[-1]) for j in range(min(topk // (i + 1), column_thb.shape[-1]))
             ]

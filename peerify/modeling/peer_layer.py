@@ -122,16 +122,24 @@ class PEER(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
-        y_td = self.pool(x_td, self.retrieve(x_td) if self._gathers(len(x_td)) else self.weights(x_td))
+        y_td = self.pool(x_td, self.retrieve(x_td) if self._gathers(x_td) else self.weights(x_td))
         if self.bias is not None:
             y_td = y_td + self.bias
         return y_td.view(hidden_states.shape)
 
-    def _gathers(self, tokens: int) -> bool:
+    def _gathers(self, x_td: torch.Tensor) -> bool:
         """Whether reading the rows of what is retrieved takes less time than multiplying with all experts."""
+        if not self.needs_routing:
+            return False
+        tokens = len(x_td)
+        has_kernel = getattr(self.pool, "has_kernel", None)  # an adapter around the pool does not say
+        if has_kernel is not None and has_kernel(x_td):
+            # A single token reads rows in no order, at half of the speed. With many, a dense product takes as long as
+            # ten rows of each token in a hundred (d_model 576 and 1024, forward and backward, AVX-512).
+            return tokens * self.topk < self.num_experts * (0.4 + tokens / 10)
         # A gathered row is read, written and read again, for each token. A dense product reads each table once for all
         # tokens; then some 18 of them take as long as the reading (d_model 576 and 1024, on CPUs).
-        return self.needs_routing and 3 * tokens * self.topk < self.num_experts * (1 + tokens / 18)
+        return 3 * tokens * self.topk < self.num_experts * (1 + tokens / 18)
 
     def activations(self, x_td: torch.Tensor) -> torch.Tensor:
         """What multiplies each expert's output vector, (t, n): 0 for experts that are not added up.

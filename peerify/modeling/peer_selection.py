@@ -24,17 +24,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .peer_kernels import plain
+from .peer_topk import Picked, searches
+from .peer_topk import largest as by_kernel
+
 
 def topk_indices(score: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` largest along the last dimension, in no order.
 
     Many equal values make it several times as slow on a CPU.
     """
+    if searches(score, k):
+        return by_kernel(score, k)
     if _eager_on_cpu(score):
         place = score.shape[-1] - k
         index = np.argpartition(score.detach().numpy(), place, axis=-1)  # several times as fast as topk
         return torch.from_numpy(index[..., place:].copy())
     return score.topk(k, dim=-1, sorted=False).indices
+
+
+def sorted_topk(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest along the last dimension in falling order, and their indices."""
+    if searches(score, k):
+        index = by_kernel(score, k)
+        return Picked.apply(score, index), index
+    values, index = score.topk(k, dim=-1)
+    return values, index
 
 
 def threshold(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -68,8 +83,8 @@ def largest(score: torch.Tensor, level: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _eager_on_cpu(score: torch.Tensor) -> bool:
-    """Where numpy, which selects many times as fast as torch, can be used: it can be neither compiled nor traced."""
-    return score.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Where numpy, which selects many times as fast as torch, can be used."""
+    return plain(score)
 
 
 def cell_scores(keys: Any, row_tha: torch.Tensor, column_thb: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from peerify.evaluation import prefill
+from peerify.modules import prefill
 from peerify.training import objectives
 
 

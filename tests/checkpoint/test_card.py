@@ -92,6 +92,27 @@ def test_a_card_that_was_there_first_is_kept(folder: Path, hub: Hub) -> None:
     assert not send(folder).new
 
 
+def test_a_result_on_several_texts_is_a_row_for_each(folder: Path) -> None:
+    against = {"model": "./d", "perplexity": 10.0, "ratio": 1.2, "kl": 0.2, "continuation": None}
+    row = {"model": "m", "context": 512, "tokens": 4096, "perplexity": 12.0, "against": against, "layers": []}
+    record_results(folder, row | {"data": "a.txt", "perplexity": 11.0})
+    record_results(
+        folder,
+        {
+            "model": "m",
+            "context": 512,
+            "against": {"model": "./d"},
+            "texts": [row | {"data": "b.txt"}, row | {"data": "a.txt"}],
+        },
+    )
+    noted = record(folder)["evaluation"]
+    assert [(row["data"], row["perplexity"]) for row in noted] == [("b.txt", 12.0), ("a.txt", 12.0)]
+    assert [row["against"]["model"] for row in noted] == ["d", "d"], "local models by their name only"
+    card = (folder / "README.md").read_text()
+    for name in ("b.txt", "a.txt"):
+        assert card.count(f"| {name} | 4,096 | 12.00 | 10.00 | 1.200 × | 0.2000 |") == 1
+
+
 def test_card_is_what_the_hub_reads(folder: Path) -> None:
     result = {
         "tokens": 4096,

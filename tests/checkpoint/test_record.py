@@ -106,3 +106,19 @@ def test_numbers_that_are_not_finite(folder: Path) -> None:
         read_record(folder, PublishError)
     with pytest.raises(PublishError, match=r"eval\.json: perplexity: .*finite"):
         check_result({"tokens": 3, "perplexity": float("inf")}, "eval.json", PublishError)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], r"eval\.json: texts: .*at least 1 item"),
+        ({}, r"eval\.json: texts: .*valid list"),
+        ([{"tokens": 3, "perplexity": 2.0}, {"tokens": 3}], r"eval\.json: texts\.1\.perplexity: field required"),
+        ([{"texts": []}], r"eval\.json: texts\.0\.tokens: field required"),
+    ],
+)
+def test_results_on_several_texts_are_checked_each(texts: Any, message: str) -> None:
+    valid = {"texts": [{"tokens": 3, "perplexity": 2.0}], "model": "m"}
+    assert check_result(valid, "eval.json", PublishError) == valid
+    with pytest.raises(PublishError, match=message):
+        check_result({"texts": texts}, "eval.json", PublishError)

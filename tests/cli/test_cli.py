@@ -140,6 +140,25 @@ def test_eval_as_json_of_a_dense_model_against_itself(here: Path) -> None:
     assert both["perplexity"] == alone["perplexity"]
     assert both["against"]["model"] == "llama"
     assert (both["against"]["ratio"], both["against"]["perplexity"]) == (1, alone["perplexity"])
+    assert both["against"]["continuation"] == {"mean": 32, "of": 32, "prompts": 6}, "of 64 positions half are continued"
+
+
+def test_eval_on_several_texts(here: Path) -> None:
+    (here / "other.txt").write_text((here / "text.txt").read_text()[::-1])
+    argv = ["eval", "llama", "--against", "gpt2", "--context", "32", "--max-tokens", "200"]
+    texts = ["text.txt", "other.txt"]
+    alone = [json.loads(run(*argv, "--data", text, "--json").stdout) for text in texts]
+    both = [part for text in texts for part in ("--data", text)]
+    result = run(*argv, *both, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found == {"model": "llama", "context": 32, "against": {"model": "gpt2"}, "texts": alone}
+    for_people = run(*argv, *both).stdout
+    for text, row in zip(texts, alone, strict=True):
+        assert re.search(rf"{text} +{row['perplexity']:.2f} +{row['against']['perplexity']:.2f}", for_people)
+    again = run(*argv, "--data", "text.txt", "--data", "text.txt")
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "two texts have the name text.txt" in again.stderr
 
 
 def test_eval_for_people(here: Path) -> None:
@@ -188,8 +207,12 @@ def test_convert_then_eval(here: Path) -> None:
     found = json.loads(evaluated.stdout)
     assert found["against"]["kl"] > 0
     assert [row["path"] for row in found["layers"]] == list(done["layer_errors"])
+    assert found["budgets"][0]["continuation"] == found["against"]["continuation"]
+    assert 0 <= found["against"]["continuation"]["mean"] <= 32
     for row in found["layers"]:
         assert row["num_experts"] == 24
+        assert 1 <= row["effective_experts"] <= 24
+        assert 0 < row["bytes_per_token"]["p5"] <= row["bytes_per_token"]["p50"] <= row["bytes_per_token"]["p95"]
         assert 0 < row["bytes_fraction"] <= 1
         assert 0 < row["usage"] <= 1
     again = run(*CONVERT, *argv)

@@ -6,23 +6,77 @@ import io
 import json
 import re
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from peerify.cli import progress_report, tables
+from peerify.cli import evaluation_tables, progress_report, tables
 
 
 def test_tables_in_a_pipe_are_plain_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "model." + "very_long_name." * 12 + "mlp"
     layer = {"path": path, "num_experts": 1536, "usage": 0.998, "kl_uniform": 0.35}
-    layer |= {"bytes_fraction": 0.5, "macs_fraction": 1.1}
+    layer |= {"bytes_fraction": 0.5, "macs_fraction": 1.1, "effective_experts": 1082.4}
+    layer["bytes_per_token"] = {"p5": 0.384, "p50": 0.5, "p95": 0.617}
     result = {"model": "m", "perplexity": 45.1, "tokens": 16384, "against": None, "layers": [layer] * 30}
-    tables.print_evaluation(result)
+    evaluation_tables.print_evaluation(result)
     out = capsys.readouterr().out
     assert out.count(path) == 30
+    assert re.search(r"mlp +1,536 +50\.0% +38–62% +110\.0% +99\.8% +1,082$", out, re.MULTILINE)
     assert "\x1b" not in out
     assert len(out.splitlines()) < 45, "one line for each layer"
+    evaluation_tables.print_evaluation(result | {"layers": [layer | {"path": "model.layers.29.mlp"}]})
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def evaluation(data: str, *, budgets: int) -> dict[str, Any]:
+    """Figures as wide as they come."""
+    layer = {"path": "model.layers.29.mlp", "num_experts": 1536, "usage": 1.0, "kl_uniform": 0.35}
+    layer |= {"bytes_fraction": 0.503, "macs_fraction": 1.104, "effective_experts": 1082.4}
+    layer["bytes_per_token"] = {"p5": 0.384, "p50": 0.5, "p95": 1.017}
+    compared = {"ratio": 1.1304, "kl": 0.12344, "agreement": 0.8765}
+    compared["continuation"] = {"mean": 41.25, "of": 64, "prompts": 16}
+    row = {"bytes_fraction": 0.503, "macs_fraction": 1.104, "perplexity": 1234.56, "after_prefill": 1.05}
+    result = {"model": "m", "data": data, "context": 512, "perplexity": 1234.56, "tokens": 16384, "layers": [layer]}
+    result["against"] = {"model": "dense", "perplexity": 13.25, **compared}
+    if budgets:
+        result["budgets"] = [{"active": 0.125 * (i + 1), **row, **compared} for i in range(budgets)]
+    return result
+
+
+def test_the_evaluation_at_several_budgets_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation_tables.print_evaluation(evaluation("a.txt", budgets=2))
+    out = capsys.readouterr().out
+    cells = r"1\.130× +0\.1234 +87\.6% +41\.2/64"
+    assert re.search(rf"^m +1234\.56 +{cells}$", out, re.MULTILINE)
+    assert re.search(r"^dense +13\.25 *$", out, re.MULTILINE)
+    for active in (r"0\.125", r"0\.25"):
+        assert re.search(rf"^ *{active} +50\.3% +110\.4% +1234\.56 +{cells} +1\.050×$", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("budgets", [0, 1, 3])
+@pytest.mark.parametrize("compared", [True, False])
+def test_several_texts_are_one_table(capsys: pytest.CaptureFixture[str], budgets: int, compared: bool) -> None:
+    texts = [evaluation(name, budgets=budgets) for name in ("a.txt", "other.txt")]
+    if not compared:
+        for text in texts:
+            text["against"] = None
+            for row in text.get("budgets", []):
+                row |= dict.fromkeys(("ratio", "kl", "agreement", "continuation", "after_prefill"))
+    evaluation_tables.print_evaluation({"model": "m", "context": 512, "against": None, "texts": texts})
+    out = capsys.readouterr().out
+    assert out.startswith("m beside dense\n" if compared else "m\n")
+    cells = r" +13\.25 +1\.130× +0\.1234 +87\.6% +41\.2/64" if compared else ""
+    after = r" +1\.050×" if compared and budgets else ""
+    for name in ("a.txt", "other.txt"):
+        active = r" +0\.125" if budgets else ""
+        assert len(re.findall(rf"^{name}{active} +1234\.56{cells}{after}$", out, re.MULTILINE)) == 1
+        assert re.search(rf"^{name} +50\.3% +110\.4% +100\.0% +1,082$", out, re.MULTILINE)
+    assert out.count("1234.56") == 2 * max(1, budgets)
+    assert "16,384, 16,384 tokens" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_inspection_says_what_stays_dense_and_folds_equal_neighbours(

@@ -11,7 +11,7 @@ from peer_reference import normals
 from torch.nn import functional as F
 
 from peerify.conversion.elastic import EVERYTHING, INPUTS, price_curve, typical_cost
-from peerify.modeling.peer_elastic_pool import COARSE, FINE, NONE
+from peerify.modeling.peer_evaluation import COARSE, FINE, NONE
 
 
 @torch.no_grad()

@@ -68,7 +68,14 @@ RESULT = {
     "context": 512,
     "tokens": 4096,
     "perplexity": 12.5,
-    "against": {"model": "ada/dense", "perplexity": 11.0, "ratio": 1.13, "kl": 0.1, "agreement": 0.9},
+    "against": {
+        "model": "ada/dense",
+        "perplexity": 11.0,
+        "ratio": 1.13,
+        "kl": 0.1,
+        "agreement": 0.9,
+        "continuation": None,
+    },
     "layers": [
         {
             "path": "model.layers.0.mlp",
@@ -77,6 +84,8 @@ RESULT = {
             "macs_fraction": 0.7,
             "usage": 1.0,
             "kl_uniform": 0.1,
+            "effective_experts": 3.6,
+            "bytes_per_token": {"p5": 0.4, "p50": 0.5, "p95": 0.7},
         }
     ],
     "budgets": [
@@ -88,9 +97,16 @@ RESULT = {
             "ratio": 1.13,
             "kl": 0.1,
             "agreement": 0.9,
+            "continuation": {"mean": 41.5, "of": 64, "prompts": 16},
             "after_prefill": 1.1,
         }
     ],
+}
+RESULTS = {
+    "model": "out",
+    "context": 512,
+    "against": {"model": "ada/dense"},
+    "texts": [RESULT, RESULT | {"data": "b.txt", "layers": []}],
 }
 NOTES = {"convert": {"fingerprint": "ab", "result": {"output": "out"}}, "train": {"fingerprint": "cd", "result": {}}}
 
@@ -163,9 +179,12 @@ def _result(folder: Path) -> None:
     record_results(folder, json.loads(path.read_text()))
 
 
-def _with_result(folder: Path) -> None:
-    converted(folder)
-    (folder / "eval.json").write_text(json.dumps(RESULT))
+def _with(result: object) -> object:
+    def make(folder: Path) -> None:
+        converted(folder)
+        (folder / "eval.json").write_text(json.dumps(result))
+
+    return make
 
 
 def _source_card(folder: Path) -> None:
@@ -196,6 +215,7 @@ CORPORA: dict[str, Corpus] = {
     "card-values": Corpus(_front, "front.json", _card_values, as_json=True),
     "card-of-a-folder": Corpus(converted, "README.md", _record),
     "card-of-a-source": Corpus(_writes("README.md", CARD), "README.md", _source_card),
-    "result": Corpus(_with_result, "eval.json", _result, as_json=True),
+    "result": Corpus(_with(RESULT), "eval.json", _result, as_json=True),
+    "result-on-texts": Corpus(_with(RESULTS), "eval.json", _result, as_json=True),
     "notes-of-a-run": Corpus(_writes("out.run.json", json.dumps(NOTES)), "out.run.json", _notes, as_json=True),
 }

@@ -23,19 +23,19 @@ from torch import Tensor
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_elastic_pool, peer_gpu
+from peerify.modeling import peer_cpu, peer_elastic_pool, peer_gpu, peer_kernels, peer_triton
 from peerify.modules import peer_layers
 
-pytestmark = pytest.mark.skipif(peer_gpu.gpu_obstacle() is not None, reason=str(peer_gpu.gpu_obstacle()))
-DEVICE = "cuda" if torch.cuda.is_available() and not peer_gpu.interpreted else "cpu"
-EXAMPLES = 20 if peer_gpu.interpreted else 200
+pytestmark = pytest.mark.skipif(peer_triton.obstacle() is not None, reason=str(peer_triton.obstacle()))
+DEVICE = "cuda" if torch.cuda.is_available() and not peer_triton.interpreted else "cpu"
+EXAMPLES = 20 if peer_triton.interpreted else 200
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @pytest.fixture(autouse=True)
 def _not_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_cpu, "enabled", False)
-    if peer_gpu.interpreted:  # a program takes long, and chunks of several blocks are to be met
+    monkeypatch.setattr(peer_kernels, "enabled", False)
+    if peer_triton.interpreted:  # a program takes long, and chunks of several blocks are to be met
         monkeypatch.setattr(peer_gpu, "PROGRAMS", 3)
 
 
@@ -62,14 +62,14 @@ def tokens(count: int, d_model: int, seed: int, dtype: torch.dtype = torch.float
 @torch.no_grad()
 def plain(layer: Any, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """What the layer computes without the kernels, in a number type of its own, by the copies of its weights."""
-    peer_gpu.enabled = False
+    peer_triton.enabled = False
     try:
         again = copy.deepcopy(layer).to(dtype)
         codes = peer_gpu.make_codes(layer.pool)
         again.pool._copies.keep(_in(dtype, peer_gpu.make_copies(_as_float32(layer.pool), codes)), again.pool._tables())
         return again(x.to(dtype))  # type: ignore[no-any-return]
     finally:
-        peer_gpu.enabled = True
+        peer_triton.enabled = True
 
 
 @torch.no_grad()
@@ -204,13 +204,13 @@ def test_a_failure_is_told_once(seed: int, monkeypatch: pytest.MonkeyPatch, capf
         raise RuntimeError("out of registers\nand more")
 
     monkeypatch.setattr(peer_gpu, "_launch", fails)
-    monkeypatch.setattr(peer_gpu, "_broken", [])
+    monkeypatch.setattr(peer_triton, "_broken", [])
     layer, x = build(seed), tokens(2, 24, seed)
     at(layer, middling(layer, x))
     assert torch.equal(layer(x), layer(x))
     text = "it failed: RuntimeError: out of registers"
     assert capfd.readouterr().err == f"peerify: the GPU kernels are not used, {text}\n"
-    assert peer_gpu.gpu_obstacle() == text
+    assert peer_triton.obstacle() == text
 
 
 # --- torch.compile and the operator -------------------------------------------------------------------------------
@@ -313,9 +313,9 @@ def test_generation_uses_them_and_gives_the_same_tokens(
     seed: int, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = FAMILIES["llama"](3)
-    monkeypatch.setattr(peer_gpu, "enabled", False)
+    monkeypatch.setattr(peer_triton, "enabled", False)
     convert(model, PeerConfig(active=0.6), torch.randint(3, 128, (8, 32)))
-    monkeypatch.setattr(peer_gpu, "enabled", True)
+    monkeypatch.setattr(peer_triton, "enabled", True)
     model.eval().to(DEVICE).set_active(0.6)
     ids = torch.randint(3, 128, (1, 66), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from elastic_reference import at, make
-from gpu_experts_cases import pool_of, retrieved
 from peer_reference import normals
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from peerify.modeling import peer_gpu
-from peerify.modeling.peer_gpu_experts import gathered_on_gpu
+from peerify.modeling import peer_gathered_gpu, peer_gpu, peer_triton
+from peerify.modeling.peer_gathered import Rows
 
 
 class H100:
@@ -56,8 +55,12 @@ for d_model, experts, group, tokens, dtype, inputs in (
     peer_gpu.few_tokens_on_gpu(
         peer_gpu.pack_for_gpu(layer.pool), normals(tokens, d_model, seed=3).to(dtype), layer.budget
     )
-    assert not peer_gpu._broken, peer_gpu._broken
+    assert not peer_triton._broken, peer_triton._broken
 for d_model, dtype in ((64, torch.bfloat16), (1, torch.float32)):
-    pool = pool_of(3, d_model, 5, dtype)
-    gathered_on_gpu(pool, normals(2, d_model, seed=3).to(dtype), retrieved(2, 3, 5, dtype)).sum().backward()
+    a_tk, x_td = normals(2, 3, seed=3).float(), normals(2, d_model, seed=3).float()
+    table_nd = normals(5, d_model, seed=3).to(dtype)
+    rows = Rows(torch.tensor([[0, 1, 2], [2, 4, 4]]), 5)
+    peer_gathered_gpu.project(a_tk, x_td, table_nd, rows.index_tk)
+    peer_gathered_gpu.combine(a_tk, x_td, table_nd, rows.index_tk)
+    peer_gathered_gpu.scatter(a_tk, x_td, table_nd, rows.index_tk, *rows.of_all)
 print(len(compiled), "kernels")  # noqa: T201

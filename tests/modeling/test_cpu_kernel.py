@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_elastic_pool
+from peerify.modeling import peer_cpu, peer_elastic_pool, peer_kernels
 from peerify.modules import peer_layers
 
 pytestmark = pytest.mark.skipif(peer_cpu.obstacle() is not None, reason=str(peer_cpu.obstacle()))
@@ -38,7 +38,7 @@ def build(seed: int, d_model: int = 48, num_experts: int = 70, dtype: torch.dtyp
 @torch.no_grad()
 def plain(layer: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What the layer computes without the kernel, in a number type of its own; its copies are those of its weights."""
-    peer_cpu.enabled = False
+    peer_kernels.enabled = False
     try:
         if dtype is None:
             return layer(x)  # type: ignore[no-any-return]
@@ -47,7 +47,7 @@ def plain(layer: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         again.pool._copies.keep(_in(dtype, peer_cpu.make_copies(_as_float32(layer.pool), codes)), again.pool._tables())
         return again(x.to(dtype))  # type: ignore[no-any-return]
     finally:
-        peer_cpu.enabled = True
+        peer_kernels.enabled = True
 
 
 def _as_float32(pool: Any) -> Any:
@@ -249,8 +249,8 @@ def test_a_kernel_that_cannot_be_built_is_told_once(
         raise RuntimeError("no such instruction\nand more")
 
     monkeypatch.setattr(peer_cpu_kernel, "compiled", fails)
-    monkeypatch.setattr(peer_cpu, "_compiled", {})
-    monkeypatch.setattr(peer_cpu, "_broken", [])
+    monkeypatch.setattr(peer_kernels, "_compiled", {})
+    monkeypatch.setattr(peer_kernels, "_broken", [])
     layer, x = build(seed), normals(2, 48, seed=seed + 1).float()
     at(layer, middling(layer, x))
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_generation_gives_the_same_tokens(converted: Any, way: str, seed: int) -
         "assisted": {"assistant_model": FAMILIES["llama"](4)},
     }[way]  # fmt: skip
     found = []
-    for peer_cpu.enabled in (False, True):
+    for peer_kernels.enabled in (False, True):
         found.append(
             converted.generate(
                 ids,

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_elastic_pool
+from peerify.modeling import peer_evaluation
 from peerify.modeling.peer_cpu import FEW
 from peerify.modeling.peer_elastic import Budget, ElasticPEER
 
@@ -51,7 +51,7 @@ def test_each_expert_is_taken_as_its_error_is_worth(data: st.DataObject, seed: i
     torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     layer.watch(None)
     torch.testing.assert_close(torch.cat([layer(part) for part in x_td.split(FEW)]), y_td, rtol=1e-6, atol=1e-6)
-    with patch.object(peer_elastic_pool, "AT_ONCE", 4):
+    with patch.object(peer_evaluation, "AT_ONCE", 4):
         torch.testing.assert_close(layer(x_td), y_td, rtol=1e-6, atol=1e-6)
     mask_tn, read, done = layer.usage(x_td)
     assert mask_tn.tolist() == layer.active_experts(x_td).tolist() == [[t != "none" for t in row] for row in tiers]

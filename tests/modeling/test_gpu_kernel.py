@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerify.modeling import peer_gpu
+from peerify.modeling import peer_triton
 
 HERE = Path(__file__).parent
-CASES = ("gpu_kernel_cases.py", "gpu_experts_cases.py")
+CASES = ("gpu_kernel_cases.py", "gpu_gathered_cases.py")
 
 
 def run(*arguments: str, **environment: str) -> str:
@@ -36,24 +36,24 @@ def test_all_cases_in_the_interpreter() -> None:
 
 def test_they_compile_for_an_h100(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    folders = os.pathsep.join([str(HERE.parent / "helpers"), os.environ["PYTHONPATH"]])
+    folders = os.pathsep.join([str(HERE.parent / "helpers"), str(HERE.parents[1])])
     environment = {"PYTHONPATH": folders, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     said = run(str(HERE / "gpu_kernel_compiles.py"), **environment, PEERIFY_KERNELS="triton")
-    assert said == "29 kernels"
+    assert said == "21 kernels"
 
 
 def test_why_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_gpu, "enabled", False)
+    monkeypatch.setattr(peer_triton, "enabled", False)
     for value, reason in (
         ("0", "switched off by PEERIFY_KERNELS=0"),
         ("1", "not measured yet; PEERIFY_KERNELS=triton switches it on"),
     ):
         monkeypatch.setenv("PEERIFY_KERNELS", value)
-        assert peer_gpu.gpu_obstacle() == reason
-    monkeypatch.setattr(peer_gpu, "enabled", True)
-    monkeypatch.setattr(peer_gpu, "interpreted", False)
+        assert peer_triton.obstacle() == reason
+    monkeypatch.setattr(peer_triton, "enabled", True)
+    monkeypatch.setattr(peer_triton, "interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(peer_gpu, "_has_triton", lambda: True)
-    assert peer_gpu.gpu_obstacle() == "there is no GPU"
-    monkeypatch.setattr(peer_gpu, "_has_triton", lambda: False)
-    assert peer_gpu.gpu_obstacle() == "triton is not installed"
+    monkeypatch.setattr(peer_triton, "_has_triton", lambda: True)
+    assert peer_triton.obstacle() == "there is no GPU"
+    monkeypatch.setattr(peer_triton, "_has_triton", lambda: False)
+    assert peer_triton.obstacle() == "triton is not installed"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from peer_reference import normals
 from torch.nn import functional as F
 
-from peerify.modeling import peer_copies, peer_elastic_pool
+from peerify.modeling import peer_copies, peer_evaluation
 from peerify.modeling.peer_copies import in_few_bits
 from peerify.modeling.peer_elastic import ElasticPEER
-from peerify.modeling.peer_elastic_pool import COARSE, FINE, FULL
+from peerify.modeling.peer_evaluation import COARSE, FINE, FULL
 
 
 @settings(max_examples=80, deadline=None)
@@ -122,7 +122,7 @@ def test_gradients_pass_to_the_experts_as_if_nothing_were_rounded(gated: bool, i
     else:
         raise AssertionError("no price has all kinds")
     slope = torch.randn_like(x_td)
-    with patch.object(peer_elastic_pool, "AT_ONCE", 7):
+    with patch.object(peer_evaluation, "AT_ONCE", 7):
         layer(x_td).backward(slope)
     fine = layer.pool.copies().fine
     gate_tn = F.linear(x_td, fine.gate_nd, layer.pool.gate_bias) if gated else None

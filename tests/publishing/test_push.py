@@ -276,6 +276,10 @@ def test_a_recipe_says_where(folder: Path, hub: Hub, tmp_path: Path, monkeypatch
         "trust_remote_code": False,
     }
     assert record(folder)["evaluation"] == [{"data": "t", "tokens": 9, "perplexity": 2.5, "against": None}]
+    rows = [{"data": name, "tokens": 9, "perplexity": 3.5, "against": None} for name in "ut"]
+    results.write_text(json.dumps({"model": "m", "context": 9, "against": None, "texts": rows}))
+    assert "enough" in CliRunner().invoke(cli.cli, ["push", str(folder), "user/a", "--results", str(results)]).stderr
+    assert record(folder)["evaluation"] == rows, "each text has a row, and the newest result"
     recipe.write_text(text)
     assert "has no `hub:` section" in CliRunner().invoke(cli.cli, ["push", "--recipe", str(recipe)]).stderr
     results.write_text("[]")

@@ -1,5 +1,5 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
-"""Rows of the experts that each token retrieved, in Triton; peer_gpu_experts.py launches this.
+"""Rows of the experts that each token retrieved, in Triton; peer_gathered_gpu.py launches this.
 
 Rows are met where they are in their tables: nothing of the size (t, k, d) is made. Each result is written by one
 program, which adds up in a fixed order.
@@ -17,37 +17,41 @@ except ImportError:
 
 
 @triton.jit(do_not_specialize=["slots"])
-def dot_rows(x, table, index, z, slots, d_model, K: tl.constexpr, D: tl.constexpr):
-    """z_tk = x_t . row index_tk of the table (n, d_model); 0 where the index is below 0, which reads nothing."""
+def project_rows(x, table, index, z, slots, d_model, K: tl.constexpr, D: tl.constexpr):
+    """z_tk = x_t . row index_tk of the table (n, d_model)."""
     t, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * K + tl.arange(0, K)
-    n_k = tl.load(index + t * slots + k, k < slots, -1)
+    n_k = tl.load(index + t * slots + k, k < slots, 0)
     sum_kd = tl.zeros([K, D], tl.float32)
     for first in range(0, d_model, D):
         d = first + tl.arange(0, D)
         x_d = tl.load(x + t * d_model + d, d < d_model, 0.0).to(tl.float32)
-        row_kd = tl.load(table + n_k[:, None] * d_model + d[None, :], (n_k >= 0)[:, None] & (d < d_model)[None, :], 0.0)
+        row_kd = tl.load(
+            table + n_k[:, None] * d_model + d[None, :], (k < slots)[:, None] & (d < d_model)[None, :], 0.0
+        )
         sum_kd += row_kd.to(tl.float32) * x_d[None, :]
     tl.store(z + t * slots + k, tl.sum(sum_kd, 1), k < slots)
 
 
 @triton.jit(do_not_specialize=["slots"])
-def sum_rows(a, table, index, y, slots, d_model, K: tl.constexpr, D: tl.constexpr):
-    """y_t = sum over k of a_tk times row index_tk of the table; indices below 0 are left out."""
+def combine_rows(a, table, index, y, slots, d_model, K: tl.constexpr, D: tl.constexpr):
+    """y_t = sum over k of a_tk times row index_tk of the table."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
     sum_kd = tl.zeros([K, D], tl.float32)
     for first in range(0, slots, K):
         k = first + tl.arange(0, K)
-        n_k, a_k = tl.load(index + t * slots + k, k < slots, -1), tl.load(a + t * slots + k, k < slots, 0.0)
-        row_kd = tl.load(table + n_k[:, None] * d_model + d[None, :], (n_k >= 0)[:, None] & (d < d_model)[None, :], 0.0)
-        sum_kd += tl.where(n_k >= 0, a_k, 0.0)[:, None] * row_kd.to(tl.float32)
+        n_k, a_k = tl.load(index + t * slots + k, k < slots, 0), tl.load(a + t * slots + k, k < slots, 0.0)
+        row_kd = tl.load(
+            table + n_k[:, None] * d_model + d[None, :], (k < slots)[:, None] & (d < d_model)[None, :], 0.0
+        )
+        sum_kd += a_k[:, None] * row_kd.to(tl.float32)
     tl.store(y + t * d_model + d, tl.sum(sum_kd, 0).to(y.dtype.element_ty), d < d_model)
 
 
 @triton.jit(do_not_specialize=["slots"])
-def gradient_rows(a, x, order, start, gradient, slots, d_model, K: tl.constexpr, D: tl.constexpr):
-    """Row i of the gradient: the sum of a_tk x_t over all slots that hold expert i.
+def scatter_rows(a, x, order, start, table, slots, d_model, K: tl.constexpr, D: tl.constexpr):
+    """Row i of the table: the sum of a_tk x_t over all pairs of token t and expert i.
 
-    `order` lists the slots (t, k) of each expert, one expert after another; those of expert i begin at start_i.
+    `order` lists the pairs of each expert, one expert after another; those of expert i begin at start_i.
     """
     n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * D + tl.arange(0, D)
     end = tl.load(start + n + 1)
@@ -60,4 +64,4 @@ def gradient_rows(a, x, order, start, gradient, slots, d_model, K: tl.constexpr,
             x + (slot_k // slots)[:, None] * d_model + d[None, :], (i < end)[:, None] & (d < d_model)[None, :], 0.0
         )
         sum_kd += a_k[:, None] * x_kd.to(tl.float32)
-    tl.store(gradient + n * d_model + d, tl.sum(sum_kd, 0).to(gradient.dtype.element_ty), d < d_model)
+    tl.store(table + n * d_model + d, tl.sum(sum_kd, 0).to(table.dtype.element_ty), d < d_model)

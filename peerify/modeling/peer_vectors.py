@@ -1,0 +1,147 @@
+# Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
+"""Vector code for the loops of kernels, in LLVM's own language by way of numba.
+
+LLVM's search for vectors in loops that numba compiles finds half of this speed or less. A vector has 16 numbers,
+whatever the machine's have: LLVM cuts them. Everything here takes pointers: an array that is passed counts its
+references, in all threads at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:  # transformers refuses code that imports what is not installed, unless it stands in such a block
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+except ImportError:
+    raise
+
+LANES = 16
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VECTOR, CODES, WHOLE = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
+
+
+def splat(b: Any, value: Any) -> Any:
+    first = b.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(WHOLE, [0] * LANES))
+
+
+def load(b: Any, pointer: Any, place: Any, kind: Any) -> Any:
+    return b.load(b.bitcast(b.gep(pointer, [place]), ir.PointerType(kind)), align=1)
+
+
+def store(b: Any, value: Any, pointer: Any, place: Any) -> None:
+    b.store(value, b.bitcast(b.gep(pointer, [place]), ir.PointerType(VECTOR)), align=1)
+
+
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
+
+
+def sum_of(b: Any, vector: Any) -> Any:
+    kind = ir.FunctionType(F32, [F32, VECTOR])
+    add = cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return b.call(add, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
+
+
+def zeros(b: Any, count: int) -> list[Any]:
+    return [cgutils.alloca_once_value(b, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(count)]
+
+
+def clear(b: Any, totals: list[Any]) -> None:
+    for each in totals:
+        b.store(ir.Constant(VECTOR, [0.0] * LANES), each)
+
+
+def add_to(b: Any, total: Any, x: Any, y: Any) -> None:
+    b.store(fma(b, x, y, b.load(total)), total)
+
+
+def widened(b: Any, kind: Any, pointer: Any, place: Any) -> Any:
+    """Sixteen float32 from float32, from bfloat16 whose bits are given as uint16, or from float16 as int16."""
+    if kind == types.float32:
+        return load(b, pointer, place, VECTOR)
+    bits = load(b, pointer, place, ir.VectorType(I16, LANES))
+    if kind == types.int16:
+        return b.fpext(b.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    return b.bitcast(b.shl(b.zext(bits, WHOLE), ir.Constant(WHOLE, [16] * LANES)), VECTOR)
+
+
+def along(b: Any, start: int, end: Any) -> Any:
+    return cgutils.for_range_slice(b, ir.Constant(I64, start), end, ir.Constant(I64, LANES), I64)
+
+
+@intrinsic
+def at(_: Any, array: Any, __: Any) -> Any:
+    """Pointer to a number of a contiguous array."""
+
+    def build(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        return b.gep(context.make_array(signature.args[0])(context, b, values[0]).data, [values[1]])
+
+    return types.CPointer(array.dtype)(array, types.int64), build
+
+
+@intrinsic
+def after(_: Any, pointer: Any, __: Any) -> Any:
+    """Pointer so many numbers further on."""
+
+    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+        return b.gep(values[0], [values[1]])
+
+    return pointer(pointer, types.int64), build
+
+
+@intrinsic
+def address(_: Any, pointer: Any) -> Any:
+    """The pointer as a number."""
+
+    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+        return b.ptrtoint(values[0], I64)
+
+    return types.int64(pointer), build
+
+
+def _pointer(kind: Any) -> Any:
+    @intrinsic
+    def pointer(_: Any, __: Any) -> Any:
+        """An address as a pointer."""
+
+        def build(context: Any, b: Any, signature: Any, values: Any) -> Any:
+            return b.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), build
+
+    return pointer
+
+
+floats, bytes_, words, halves, longs = map(
+    _pointer, (types.float32, types.uint8, types.uint16, types.int16, types.int64)
+)
+
+
+@intrinsic
+def take(_: Any, counter: Any) -> Any:
+    """What the counter was before this thread, and none beside it, raised it by one."""
+
+    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+        return b.atomic_rmw("add", values[0], ir.Constant(I64, 1), "acq_rel")
+
+    return types.int64(counter), build
+
+
+@intrinsic
+def fetch(_: Any, pointer: Any, __: Any) -> Any:
+    """Have so many bytes read ahead."""
+
+    def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+        pointer, count = values
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
+        ahead = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+        first, one = b.bitcast(pointer, ir.PointerType(I8)), ir.Constant(I32, 1)
+        with cgutils.for_range_slice(b, ir.Constant(I64, 0), count, ir.Constant(I64, 64), I64) as (j, _):
+            b.call(ahead, [b.gep(first, [j]), ir.Constant(I32, 0), ir.Constant(I32, 3), one])
+
+    return types.void(pointer, types.int64), build
