@@ -28,9 +28,9 @@ from .peer_many import ACTIVATIONS, BLOCK
 # The largest share of the dense layer's bytes at which the kernel is the faster one, by number type, for up to so many
 # tokens at once. Measured by `peerify bench` on two cores with AVX-512.
 FASTER = {
-    torch.float32: ((1, 0.95), (2, 0.8), (4, 0.6)),
-    torch.bfloat16: ((1, 0.6), (2, 0.3)),
-    torch.float16: ((1, 0.6), (2, 0.3)),
+    torch.float32: ((2, 0.95), (4, 0.8), (6, 0.5), (8, 0.3)),
+    torch.bfloat16: ((1, 0.8), (2, 0.4), (4, 0.15)),
+    torch.float16: ((8, 0.95),),
 }
 FEW = 8  # tokens, the most that the kernel is used for
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads

@@ -20,6 +20,7 @@ from .peer_cpu import faster, few_tokens, misfit, pack, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
 from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, gpu_misfit, pack_for_gpu, packs_for_gpu
+from .peer_products import combined
 
 
 class Budget(NamedTuple):
@@ -110,7 +111,7 @@ class ElasticPool(ExpertPool):
         if self._learns():
             self._forget()
         if budget is None or budget.price == 0:
-            return self.products(x_td)[2] @ self.v
+            return combined(self.products(x_td)[2], self.v)
         by_kernel = not choice and self.observer is None and usable(self, x_td)
         if by_kernel and (not hurry or faster(x_td, budget.bytes)):
             return few_tokens(self._current(self._packed, pack), x_td, budget)
@@ -120,7 +121,7 @@ class ElasticPool(ExpertPool):
             if y_td is not None:
                 return y_td
         if hurry:
-            return self.products(x_td)[2] @ self.v
+            return combined(self.products(x_td)[2], self.v)
         copies = self.copies()
         return self.choose(x_td, copies, budget) if choice else at_budget(self, x_td, copies, budget)
 
