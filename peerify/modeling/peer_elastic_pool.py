@@ -19,6 +19,7 @@ from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
 from .peer_cpu import faster, few_tokens, misfit, pack, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
+from .peer_full import full_usable, in_full
 from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, gpu_misfit, pack_for_gpu, packs_for_gpu
 from .peer_products import combined
 
@@ -111,7 +112,7 @@ class ElasticPool(ExpertPool):
         if self._learns():
             self._forget()
         if budget is None or budget.price == 0:
-            return combined(self.products(x_td)[2], self.v)
+            return self._everything(x_td)
         by_kernel = not choice and self.observer is None and usable(self, x_td)
         if by_kernel and (not hurry or faster(x_td, budget.bytes)):
             return few_tokens(self._current(self._packed, pack), x_td, budget)
@@ -121,9 +122,12 @@ class ElasticPool(ExpertPool):
             if y_td is not None:
                 return y_td
         if hurry:
-            return combined(self.products(x_td)[2], self.v)
+            return self._everything(x_td)
         copies = self.copies()
         return self.choose(x_td, copies, budget) if choice else at_budget(self, x_td, copies, budget)
+
+    def _everything(self, x_td: torch.Tensor) -> torch.Tensor:
+        return in_full(self, x_td) if full_usable(self, x_td) else combined(self.products(x_td)[2], self.v)
 
     def choose(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> Choice:
         """How each expert is read for each token; see the docstring of peer_elastic.py."""
