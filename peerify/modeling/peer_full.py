@@ -38,8 +38,8 @@ from .peer_many import ACTIVATIONS
     FIELDS,
 ) = range(17)
 Frame = ctypes.c_int64 * FIELDS
-# Up to so many tokens it takes less time than PyTorch's products; measured on two cores with AVX-512.
-FEW = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+FEW = 8  # tokens, up to which it takes less time than PyTorch's products, on two cores with AVX-512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES, CHUNK = 16, 96  # numbers of a vector; experts of a chunk, more where there would be more than CHUNKS_AT_MOST
 CHUNKS_AT_MOST = 16
 
@@ -48,14 +48,15 @@ def full_usable(pool: Any, x_td: torch.Tensor) -> bool:
     """Whether the kernel can compute the sum of all experts of `pool` for these tokens."""
     u_nd = pool.u
     return (
-        0 < len(x_td) <= FEW.get(x_td.dtype, 0)
+        0 < len(x_td) <= FEW
+        and x_td.dtype in DTYPES
         and plain(x_td)
         and x_td.dtype == u_nd.dtype
         and x_td.shape[1] % LANES == 0
         and not (torch.is_grad_enabled() and (x_td.requires_grad or u_nd.requires_grad))
         and pool.activation in ACTIVATIONS
         and not pool.clamp
-        and pool._parameters.keys() >= {"u", "gate", "v"}  # none is computed from adapters
+        and pool._parameters.keys() >= {"u", "v"} | ({"gate"} if pool.gate is not None else set())  # no adapters'
         and all(w is None or (plain(w.detach()) and w.is_contiguous()) for w in (u_nd, pool.gate, pool.v))
         and not hasattr(pool, "_hf_hook")
         and not torch.is_autocast_enabled("cpu")
