@@ -69,9 +69,18 @@ def test_outputs_and_gradients(data: st.DataObject, seed: int) -> None:
     got = results(pool, x, found, learn)
     exact = copy.deepcopy(pool).double()
     expected = results(exact, x.double(), Retrieved(found.index_tk, found.weight_tk.double()), learn)
-    for ours, theirs in zip(got, expected, strict=True):
+    # What numbers of 16 bits make of derivatives near 0, they make of them on the plain path, too.
+    peer_triton.enabled = False
+    try:
+        plainly = results(pool, x, found, learn)
+    finally:
+        peer_triton.enabled = True
+    for ours, theirs, plain in zip(got, expected, plainly, strict=True):
         assert ours.dtype == dtype
-        assert float((ours.double() - theirs).norm()) <= TOLERANCE[dtype] * max(float(theirs.norm()), 1e-2)
+        allowed = TOLERANCE[dtype] * max(float(theirs.norm()), 1e-2)
+        if dtype != torch.float32:
+            allowed = max(allowed, 2 * float((plain.double() - theirs).norm()))
+        assert float((ours.double() - theirs).norm()) <= allowed
 
 
 def test_they_are_the_same_every_time(seed: int) -> None:
