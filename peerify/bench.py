@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peerify.errors import CheckpointError, UsageError
 from peerify.memory import peak_mb
-from peerify.modeling import peer_cpu
+from peerify.modeling import peer_cpu, peer_triton
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 
@@ -56,7 +56,7 @@ def bench_checkpoint(
 
     Returns:
         ``{"model", "against", "device", "dtype", "threads", "kernel", "memory", "peak_rss_mb", "decode", "prefill",
-        "train"}``. kernel is None where the CPU kernel serves all layers, else the reason why not. memory is
+        "train"}``. kernel is None where a kernel serves all layers, else the reason why not. memory is
         ``{"dense", "converted"}``: bytes of the weights, and of what is kept beside them. peak_rss_mb is the most that
         this process held, with both of them, before steps of training. decode is a list of ``{"batch", "dtype",
         "active", "dense", "converted", "ratio", "spread", "limit", "of_limit"}``: medians in tokens per second; ratio
@@ -144,14 +144,18 @@ def bench_checkpoint(
 
 
 def kernel_status(model: nn.Module, device: str = "cpu") -> str | None:
-    """Why the CPU kernel does not serve all converted layers; None: it does."""
-    if torch.device(device).type != "cpu":
-        return f"it runs on a CPU, not on {device}"
+    """Why the kernel for few tokens of that device does not serve all converted layers; None: it does."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return f"there is none for {device}"
+    on_cpu = kind == "cpu"
     pools = [layer.pool for layer in peer_layers(model).values() if hasattr(layer, "budgets")]
-    reasons = [pool.misfit for pool in pools if pool.misfit]
+    misfits = [pool.misfit if on_cpu else pool.gpu_misfit for pool in pools]
+    reasons = [reason for reason in misfits if reason]
     if not pools:
         return "the layers have no budgets"
-    return peer_cpu.obstacle() or (f"{len(reasons)} of {len(pools)} layers: {reasons[0]}" if reasons else None)
+    obstacle = peer_cpu.obstacle() if on_cpu else peer_triton.obstacle()
+    return obstacle or (f"{len(reasons)} of {len(pools)} layers: {reasons[0]}" if reasons else None)
 
 
 @contextmanager

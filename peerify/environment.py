@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from peerify import __version__
-from peerify.modeling import peer_cpu
+from peerify.modeling import peer_cpu, peer_triton
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "numba", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "numba", "triton", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
-        "kernels": {"cpu, few tokens": peer_cpu.obstacle()},
+        "kernels": {"cpu, few tokens": peer_cpu.obstacle(), "gpu, few tokens": peer_triton.obstacle()},
     }
 
 

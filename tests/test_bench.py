@@ -18,7 +18,7 @@ from peerify.checkpoint.load import load_for_eval
 from peerify.config.peer import PeerConfig
 from peerify.config.recipe import Recipe
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_kernels
+from peerify.modeling import peer_cpu, peer_kernels, peer_triton
 from peerify.modules import peer_layers
 from peerify.training import speed
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_compared(folders: Path) -> None:
         assert reason in done.stderr
     done = run("bench", str(folders / "other"), "--against", str(folders / "dense"), "--new", "2", "--repeats", "1",
                "--batch", "1", "--prompt", "8")  # fmt: skip
-    assert "The CPU kernel is not used: the layers have no budgets" in done.stdout
+    assert "The kernel for few tokens is not used: the layers have no budgets" in done.stdout
 
 
 def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +112,17 @@ def test_kernels_are_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for pool in pools:
         pool.misfit = None
     assert kernel_status(model) == peer_cpu.obstacle()
-    assert kernel_status(model, "cuda:0") == "it runs on a CPU, not on cuda:0"
+    assert kernel_status(model, "cuda:0") == peer_triton.obstacle()
+    assert kernel_status(model, "mps") == "there is none for mps"
     if peer_cpu.obstacle() is None:
         pools[0].misfit = "it is odd"
         assert kernel_status(model) == f"1 of {len(pools)} layers: it is odd"
     monkeypatch.setattr(peer_kernels, "enabled", False)
     found = json.loads(run("env", "--json").stdout)
-    assert found["kernels"] == {"cpu, few tokens": "switched off by PEERIFY_KERNELS=0"}
+    assert found["kernels"] == {
+        "cpu, few tokens": "switched off by PEERIFY_KERNELS=0",
+        "gpu, few tokens": "not measured yet; PEERIFY_KERNELS=triton switches it on",
+    }
     assert found["packages"]["torch"] == torch.__version__
     assert "not used: switched off" in run("env").stdout
 

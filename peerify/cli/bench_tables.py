@@ -37,7 +37,7 @@ def print_bench(result: Mapping[str, Any]) -> None:
     both = f"; the process held {in_bytes(1e6 * peak)} with both" if peak is not None else ""
     console.print(f"memory: {in_bytes(held['dense'])} dense, {in_bytes(held['converted'])} converted{both}")
     if result["kernel"]:
-        console.print(f"The CPU kernel is not used: {result['kernel']}")
+        console.print(f"The kernel for few tokens is not used: {result['kernel']}")
 
 
 def print_environment(result: Mapping[str, Any]) -> None:

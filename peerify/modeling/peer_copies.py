@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .peer_many import both_copies, can_round
+from .peer_products import linear
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's largest number: the one with the least squared error is taken
 EXPONENT = 0.5  # of the inputs' sizes, in the scaling before rounding
@@ -247,8 +248,8 @@ def meet_keys(pool: Any, copies: Copies, x_td: torch.Tensor, inputs: float) -> K
     read_td, omitted_t1 = largest_inputs(x_td, copies.reach_d, inputs)
     exact = torch.float64 if x_td.dtype == torch.float64 else torch.float32
     coarse = copies.coarse
-    gate_tn = None if coarse.gate_nd is None else F.linear(read_td, coarse.gate_nd, pool.gate_bias).to(exact)
-    return Keyed(gate_tn, F.linear(read_td, coarse.u_nd, pool.u_bias).to(exact), omitted_t1)
+    gate_tn = None if coarse.gate_nd is None else linear(read_td, coarse.gate_nd, pool.gate_bias).to(exact)
+    return Keyed(gate_tn, linear(read_td, coarse.u_nd, pool.u_bias).to(exact), omitted_t1)
 
 
 def estimate(pool: Any, copies: Copies, keyed: Keyed) -> Estimate:

@@ -25,12 +25,13 @@ from .peer_copies import Rounded, make_codes, make_copies
 from .peer_kernels import kernel, obstacle, run
 from .peer_many import ACTIVATIONS, BLOCK
 
-# The largest share of the dense layer's bytes at which the kernel is the faster one, by number type, for up to so many
-# tokens at once. Measured by `peerify bench` on two cores with AVX-512.
+# The largest share of the dense layer's bytes at which the kernel takes less time than all experts in full
+# (peer_full.py), by number type, for up to so many tokens at once. Measured on two cores with AVX-512 and
+# 25 GB/s of memory: with more cores for the same memory, the kernel would pay at larger shares.
 FASTER = {
-    torch.float32: ((1, 0.95), (2, 0.8), (4, 0.6)),
-    torch.bfloat16: ((1, 0.6), (2, 0.3)),
-    torch.float16: ((1, 0.6), (2, 0.3)),
+    torch.float32: ((1, 0.6), (2, 0.25), (4, 0.15)),
+    torch.bfloat16: ((1, 0.25),),
+    torch.float16: ((1, 0.15),),
 }
 FEW = 8  # tokens, the most that the kernel is used for
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads
@@ -139,7 +140,7 @@ def usable(pool: Any, x_td: torch.Tensor) -> bool:
 
 
 def faster(x_td: torch.Tensor, share: float) -> bool:
-    """Whether the kernel takes less time for these tokens at that share of the bytes than the dense layer."""
+    """Whether the kernel takes less time for these tokens at that share of the bytes than all experts in full."""
     return any(len(x_td) <= few and share <= most for few, most in FASTER[x_td.dtype])
 
 

@@ -11,11 +11,11 @@ block, c chunks of blocks, g groups, e output vectors to be added.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from .peer_choice_kernel import activated, decide
 from .peer_cpu import (
     BIAS,
     BLOCK,
@@ -56,101 +56,15 @@ from .peer_cpu_vectors import (
     full_dots,
     key_products,
 )
-from .peer_vectors import address, after, at, bytes_, fetch, floats, halves, take, words
+from .peer_vectors import FAST, address, after, at, bytes_, fetch, floats, halves, take, words
 
 try:  # see peer_vectors.py
     from numba import carray, cfunc, njit, types
 except ImportError:
     raise
 
-# Of fastmath what leaves numbers that are none as they are.
-FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 
-
-@njit(fastmath=FAST, inline="always")
-def _exp(x: Any) -> Any:
-    """e^x to 3e-6, in a form that compilers make vector code of."""
-    x = min(x, np.float32(88.0))
-    x = x if x > np.float32(-87.0) else np.float32(-87.0)
-    power = x * np.float32(1.4426950408889634)
-    whole = np.floor(power)
-    part = power - whole
-    p = np.float32(1.8775767e-3)
-    p = p * part + np.float32(8.9893397e-3)
-    p = p * part + np.float32(5.5826318e-2)
-    p = p * part + np.float32(2.4015361e-1)
-    p = p * part + np.float32(6.9315308e-1)
-    p = p * part + np.float32(9.9999994e-1)
-    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@njit(fastmath=FAST)
-def activate(z_rb: Any, r: int, block: int, kind: int) -> None:
-    """The first numbers of row r, in place; kinds as of `peer_cpu.ACTIVATIONS`."""
-    one, half = np.float32(1.0), np.float32(0.5)
-    if kind == 0:
-        for b in range(block):
-            z_rb[r, b] = z_rb[r, b] / (one + _exp(-z_rb[r, b]))
-    elif kind == 1:
-        for b in range(block):
-            z_rb[r, b] *= half + half * np.float32(math.erf(z_rb[r, b] * np.float32(0.7071067811865476)))
-    elif kind == 2:
-        for b in range(block):
-            z = z_rb[r, b]
-            inside = np.float32(-1.5957691216057308) * (z + np.float32(0.044715) * z * z * z)
-            z_rb[r, b] = z / (one + _exp(inside))
-    else:
-        for b in range(block):
-            z = max(z_rb[r, b], np.float32(0.0))
-            z_rb[r, b] = z if kind == 3 else z * z
-
-
-@njit(fastmath=FAST)
-def decide(
-    z_2b: Any, stat_8n: Any, bias_2n: Any, first: int, omitted: Any, price_3: Any, kind: int, a_4b: Any, tier_b: Any
-) -> None:
-    """Activations by the coarse copies, in a_4b[3], and how each expert is read.
-
-    See `peer_copies.estimate` and `ElasticPool.tiers`.
-    """
-    node, sixth = np.float32(1.7320508075688772), np.float32(1 / 6)
-    price = price_3[0]
-    of_coarse, of_fine = price * price_3[1], price * price_3[2]
-    for b in range(BLOCK):
-        n = first + b
-        deviation = np.sqrt(omitted * stat_8n[3, n] * stat_8n[3, n] + stat_8n[1, n] * stat_8n[1, n])
-        z_2b[0, b] += bias_2n[0, n]
-        z_2b[1, b] += bias_2n[1, n]
-        a_4b[0, b] = z_2b[0, b] - node * deviation
-        a_4b[1, b] = z_2b[0, b]
-        a_4b[2, b] = z_2b[0, b] + node * deviation
-    for row in range(3):
-        activate(a_4b, row, BLOCK, kind)
-    for b in range(BLOCK):
-        n = first + b
-        low, middle, high, up, energy = a_4b[0, b], a_4b[1, b], a_4b[2, b], z_2b[1, b], stat_8n[4, n]
-        mean = (low + high + np.float32(4.0) * middle) * sixth
-        square = (low * low + high * high + np.float32(4.0) * middle * middle) * sixth
-        noise = square * (omitted * stat_8n[2, n] * stat_8n[2, n] + stat_8n[0, n] * stat_8n[0, n])
-        spread = (square - mean * mean) * up * up + noise
-        spread = (spread if spread > np.float32(0.0) else np.float32(0.0)) * energy
-        square = square * up * up + noise
-        variance = omitted * stat_8n[3, n] * stat_8n[3, n] + stat_8n[1, n] * stat_8n[1, n]
-        finer = stat_8n[6, n] * stat_8n[6, n] / max(variance, np.float32(1e-30))
-        a_4b[3, b] = mean * up
-        least, tier = square * energy, np.uint8(0)
-        loss = spread + square * stat_8n[5, n] + of_coarse
-        if not loss > least:
-            least, tier = loss, np.uint8(1)
-        loss = spread * finer + square * stat_8n[7, n] + of_fine
-        if not loss > least:
-            least, tier = loss, np.uint8(2)
-        if not price > least:
-            tier = np.uint8(3)
-        tier_b[b] = tier
-
-
-@njit(fastmath=FAST)
+@njit(fastmath=set(FAST))
 def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_td: Any) -> tuple[int, Any]:
     """Put the inputs of a token that matter most into read_td, in order: how many, and the others' squared norm."""
     inputs, omitted, found = len(reach_d), np.float32(0.0), 0
@@ -173,28 +87,103 @@ def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_td: 
     return found, omitted
 
 
-@njit(fastmath=FAST, error_model="numpy")
-def _work(frame: Any, u: Any, gate: Any, v: Any) -> None:
-    """What one thread does."""
+@njit(fastmath=set(FAST))
+def _fetch(frame: Any, u: Any, gate: Any, v: Any, k: int, size: int, tier: Any) -> None:
+    """Have read ahead what a token reads of a block; `size`: bytes of a number of the experts."""
+    padded, d_model = frame[PADDED], frame[D_MODEL]
+    groups, again = padded // frame[GROUP], frame[INPUTS] < d_model
+    code, step = bytes_(frame[CODE]), floats(frame[STEP])
+    for b in range(min(BLOCK, frame[EXPERTS] - k * BLOCK)):
+        n = k * BLOCK + b
+        if tier[b] == 1:
+            fetch(after(code, n * 2 * padded + padded), padded // 2)
+            fetch(after(step, (n * 4 + 2) * groups), 4 * groups)
+        elif tier[b] == 2:
+            fetch(after(code, n * 2 * padded), 2 * padded)
+            fetch(after(step, n * 4 * groups), 16 * groups)
+            if again:
+                fetch(after(bytes_(frame[KEY_N]), n * padded), padded)
+                fetch(after(floats(frame[KEY_STEP_N]), n * 2 * groups), 8 * groups)
+        elif tier[b] == 3:
+            fetch(after(gate, n * d_model), size * d_model)
+            fetch(after(u, n * d_model), size * d_model)
+            fetch(after(v, n * d_model), size * d_model)
+
+
+@njit(fastmath=set(FAST), error_model="numpy")
+def _read(
+    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, scaled: Any, totals: Any, z: Any, a: Any, tier: Any, y: Any,
+    shift: Any, source: Any, weights: Any,
+) -> None:  # fmt: skip
+    """Add to `y` what a token reads of a block, less the middle of codes, whose weights go into `shift` (g,).
+
+    Args:
+        x, scaled, totals: inputs (d,), those that meet codes, and the sums of their groups.
+        z, a, tier: as of `decide`.
+        source, weights: room for output vectors to be added, (e,) and (e, g).
+    """
+    d_model, padded, group, experts = frame[D_MODEL], frame[PADDED], frame[GROUP], frame[EXPERTS]
+    groups, kind, bias, stride = padded // group, frame[KIND], floats(frame[BIAS]), frame[BLOCKS] * BLOCK
+    code, step, found = bytes_(frame[CODE]), floats(frame[STEP]), 0
+    for b in range(min(BLOCK, experts - k * BLOCK)):
+        read, n = tier[b], k * BLOCK + b
+        if read == 0:
+            continue
+        if read == 3:
+            z_gate, z_u = full_dots(after(gate, n * d_model), after(u, n * d_model), x, d_model)
+            activation = activated(z_gate + bias[n], kind) * (z_u + bias[stride + n])
+            add_full(after(v, n * d_model), y, activation, d_model)
+            continue
+        activation = a[b]
+        if read == 2:
+            z_gate, z_u = z[b], z[BLOCK + b]
+            if frame[INPUTS] < d_model:
+                key, key_step = after(bytes_(frame[KEY_N]), n * padded), floats(frame[KEY_STEP_N])
+                z_gate, z_u = dots(key, after(key_step, n * 2 * groups), scaled, totals, groups, group)
+                z_gate += bias[n]
+                z_u += bias[stride + n]
+            more_gate, more_u = dots(
+                after(code, n * 2 * padded), after(step, n * 4 * groups), scaled, totals, groups, group
+            )
+            activation = activated(z_gate + more_gate, kind) * (z_u + more_u)
+        for copy in range(read):  # the coarse copy of the output vector, and what the fine one adds to it
+            source[found] = address(after(code, n * 2 * padded + padded + copy * padded // 2))
+            for g in range(groups):
+                weight = activation * step[(n * 4 + 2 + copy) * groups + g]
+                weights[found * groups + g] = weight
+                shift[g] += weight
+            found += 1
+    while found % TOGETHER:  # with nothing of what is there anyway
+        source[found] = source[found - 1]
+        for g in range(groups):
+            weights[found * groups + g] = np.float32(0.0)
+        found += 1
+    for e in range(0, found, TOGETHER):
+        add_codes(after(source, e), after(weights, e * groups), y, groups, group // 2, groups)
+
+
+@njit(fastmath=set(FAST), error_model="numpy")
+def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
+    """What one thread does: a token's keys of one block, while memory gives what was chosen in the block before."""
     tokens, d_model, padded, group = frame[TOKENS], frame[D_MODEL], frame[PADDED], frame[GROUP]
-    experts, blocks, chunks = frame[EXPERTS], frame[BLOCKS], frame[CHUNKS]
-    inputs, kind = frame[INPUTS], frame[KIND]
-    groups, half, blocks_each = padded // group, group // 2, (blocks + chunks - 1) // chunks
+    blocks, chunks, inputs, kind = frame[BLOCKS], frame[CHUNKS], frame[INPUTS], frame[KIND]
+    groups, blocks_each, stride = padded // group, (blocks + chunks - 1) // chunks, blocks * BLOCK
     x_td = carray(floats(frame[X]), (tokens, d_model))
     parts_ctd = carray(floats(frame[PARTS]), (chunks, tokens, padded))
-    stat_8n = carray(floats(frame[STAT]), (8, blocks * BLOCK))
-    bias_2n = carray(floats(frame[BIAS]), (2, blocks * BLOCK))
+    stat, bias, price = floats(frame[STAT]), floats(frame[BIAS]), floats(frame[PRICE])
     scale_d, reach_d = carray(floats(frame[SCALE]), d_model), carray(floats(frame[REACH]), d_model)
-    price_3 = carray(floats(frame[PRICE]), 3)
     key, key_step = bytes_(frame[KEY]), floats(frame[KEY_STEP])
-    key_n, key_step_n = bytes_(frame[KEY_N]), floats(frame[KEY_STEP_N])
-    code, step = bytes_(frame[CODE]), floats(frame[STEP])
     bits_d, read_td = np.empty(d_model, np.int32), np.empty((tokens, d_model), np.int64)
     start_tg, omitted_t = np.empty((tokens, groups + 1), np.int64), np.empty(tokens, np.float32)
     scaled_td, total_tg = np.zeros((tokens, padded), np.float32), np.zeros((tokens, groups), np.float32)
-    shift_tg = np.empty((tokens, groups), np.float32)
-    z_2b, a_4b, tier_b = np.empty((2, BLOCK), np.float32), np.empty((4, BLOCK), np.float32), np.empty(BLOCK, np.uint8)
-    one_11 = np.empty((1, 1), np.float32)
+    shift_tg = np.zeros((tokens, groups), np.float32)
+    # Of this block, and of the one before.
+    z_2b, a_2b, tier_2b = (
+        np.empty(4 * BLOCK, np.float32),
+        np.empty(2 * BLOCK, np.float32),
+        np.empty(2 * BLOCK, np.uint8),
+    )
+    node_3b = np.empty(3 * BLOCK, np.float32)
     source_e, weight_eg = np.empty(2 * BLOCK + TOGETHER, np.int64), np.empty((2 * BLOCK + TOGETHER, groups), np.float32)
     for t in range(tokens):
         count, omitted_t[t] = _largest(x_td, t, reach_d, inputs, bits_d, read_td)
@@ -206,94 +195,71 @@ def _work(frame: Any, u: Any, gate: Any, v: Any) -> None:
         for d in range(d_model):
             scaled_td[t, d] = x_td[t, d] / scale_d[d]
             total_tg[t, d // group] += scaled_td[t, d]
+    chunk, k, t, end, slot = 0, 0, 0, 0, 0
+    chunk_before, k_before, t_before = -1, -1, -1
     while True:
-        chunk = take(after(frame, NEXT))
+        if k == end:
+            chunk = take(after(frame, NEXT))
+            k, end = chunk * blocks_each, min(blocks, (chunk + 1) * blocks_each)
+            if chunk < chunks:
+                parts_ctd[chunk] = np.float32(0.0)
+        if chunk < chunks:
+            z, tier = at(z_2b, 2 * BLOCK * slot), at(tier_2b, BLOCK * slot)
+            key_products(
+                after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(scaled_td, t * padded),
+                at(read_td, t * d_model), at(start_tg, t * (groups + 1)), groups, z,
+            )  # fmt: skip
+            decide(
+                z, after(z, BLOCK), after(stat, k * BLOCK), after(bias, k * BLOCK), stride, omitted_t[t], price, kind,
+                at(node_3b, 0), at(a_2b, BLOCK * slot), tier,
+            )  # fmt: skip
+            _fetch(frame, u, gate, v, k, size, tier)
+        slot = 1 - slot
+        if k_before >= 0:
+            _read(
+                frame, u, gate, v, k_before, at(x_td, t_before * d_model), at(scaled_td, t_before * padded),
+                at(total_tg, t_before * groups), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
+                at(tier_2b, BLOCK * slot), at(parts_ctd, (chunk_before * tokens + t_before) * padded),
+                at(shift_tg, t_before * groups), at(source_e, 0), at(weight_eg, 0),
+            )  # fmt: skip
+            if chunk != chunk_before:  # it was the last of its chunk
+                for j in range(tokens):
+                    for d in range(padded):
+                        parts_ctd[chunk_before, j, d] -= np.float32(MIDDLE) * shift_tg[j, d // group]
+                shift_tg[:] = np.float32(0.0)
+                if take(after(frame, DONE)) + 1 == chunks:
+                    _add_up(frame)
         if chunk >= chunks:
             break
-        parts_ctd[chunk] = np.float32(0.0)
-        shift_tg[:] = np.float32(0.0)
-        for k in range(chunk * blocks_each, min(blocks, (chunk + 1) * blocks_each)):
-            for t in range(tokens):
-                x, totals, y = (
-                    at(scaled_td, t * padded), at(total_tg, t * groups), at(parts_ctd, (chunk * tokens + t) * padded)
-                )  # fmt: skip
-                key_products(
-                    after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), x,
-                    at(read_td, t * d_model), at(start_tg, t * (groups + 1)), groups, at(z_2b, 0),
-                )  # fmt: skip
-                decide(z_2b, stat_8n, bias_2n, k * BLOCK, omitted_t[t], price_3, kind, a_4b, tier_b)
-                here = min(BLOCK, experts - k * BLOCK)
-                for b in range(here):
-                    n = k * BLOCK + b
-                    if tier_b[b] == 1:
-                        fetch(after(code, n * 2 * padded + padded), padded // 2)
-                    elif tier_b[b] == 2:
-                        fetch(after(code, n * 2 * padded), 2 * padded)
-                found = 0
-                for b in range(here):
-                    tier, n = tier_b[b], k * BLOCK + b
-                    if tier == 0:
-                        continue
-                    if tier == 3:
-                        z_gate, z_u = full_dots(
-                            after(gate, n * d_model), after(u, n * d_model), at(x_td, t * d_model), d_model
-                        )
-                        one_11[0, 0] = z_gate + bias_2n[0, n]
-                        activate(one_11, 0, 1, kind)
-                        add_full(after(v, n * d_model), y, one_11[0, 0] * (z_u + bias_2n[1, n]), d_model)
-                        continue
-                    activation = a_4b[3, b]
-                    if tier == 2:
-                        z_gate, z_u = z_2b[0, b], z_2b[1, b]
-                        if inputs < d_model:
-                            z_gate, z_u = dots(
-                                after(key_n, n * padded), after(key_step_n, n * 2 * groups), x, totals, groups, group
-                            )
-                            z_gate += bias_2n[0, n]
-                            z_u += bias_2n[1, n]
-                        more_gate, more_u = dots(
-                            after(code, n * 2 * padded), after(step, n * 4 * groups), x, totals, groups, group
-                        )
-                        one_11[0, 0] = z_gate + more_gate
-                        activate(one_11, 0, 1, kind)
-                        activation = one_11[0, 0] * (z_u + more_u)
-                    for copy in range(tier):  # the coarse copy of the output vector, and what the fine one adds to it
-                        source_e[found] = address(after(code, n * 2 * padded + padded + copy * padded // 2))
-                        for g in range(groups):
-                            weight = activation * step[(n * 4 + 2 + copy) * groups + g]
-                            weight_eg[found, g] = weight
-                            shift_tg[t, g] += weight
-                        found += 1
-                while found % TOGETHER:  # with nothing of what is there anyway
-                    source_e[found] = source_e[found - 1]
-                    for g in range(groups):
-                        weight_eg[found, g] = np.float32(0.0)
-                    found += 1
-                for e in range(0, found, TOGETHER):
-                    add_codes(at(source_e, e), at(weight_eg, e * groups), y, groups, half, groups)
-        for t in range(tokens):
-            for d in range(padded):
-                parts_ctd[chunk, t, d] -= np.float32(MIDDLE) * shift_tg[t, d // group]
-        if take(after(frame, DONE)) + 1 == chunks:
-            y_td = carray(floats(frame[Y]), (tokens, d_model))
-            for t in range(tokens):
-                for d in range(d_model):
-                    total = np.float32(0.0)
-                    for c in range(chunks):
-                        total += parts_ctd[c, t, d]
-                    y_td[t, d] = total
+        chunk_before, k_before, t_before = chunk, k, t
+        t += 1
+        if t == tokens:
+            k, t = k + 1, 0
+
+
+@njit(fastmath=set(FAST))
+def _add_up(frame: Any) -> None:
+    """The sums of all chunks, in their order."""
+    tokens, d_model, padded, chunks = frame[TOKENS], frame[D_MODEL], frame[PADDED], frame[CHUNKS]
+    y, parts = floats(frame[Y]), floats(frame[PARTS])
+    for t in range(tokens):
+        for d in range(d_model):
+            total = np.float32(0.0)
+            for c in range(chunks):
+                total += parts[(c * tokens + t) * padded + d]
+            y[t * d_model + d] = total
 
 
 def _float32(frame: Any) -> None:
-    _work(frame, floats(frame[U]), floats(frame[GATE]), floats(frame[V]))
+    _work(frame, floats(frame[U]), floats(frame[GATE]), floats(frame[V]), 4)
 
 
 def _bfloat16(frame: Any) -> None:
-    _work(frame, words(frame[U]), words(frame[GATE]), words(frame[V]))
+    _work(frame, words(frame[U]), words(frame[GATE]), words(frame[V]), 2)
 
 
 def _float16(frame: Any) -> None:
-    _work(frame, halves(frame[U]), halves(frame[GATE]), halves(frame[V]))
+    _work(frame, halves(frame[U]), halves(frame[GATE]), halves(frame[V]), 2)
 
 
 def compiled(dtype: str) -> Any:

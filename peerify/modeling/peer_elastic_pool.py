@@ -19,6 +19,9 @@ from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
 from .peer_cpu import faster, few_tokens, misfit, pack, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
+from .peer_full import full_usable, in_full
+from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, gpu_misfit, pack_for_gpu, packs_for_gpu
+from .peer_products import combined
 
 
 class Budget(NamedTuple):
@@ -89,8 +92,8 @@ class ElasticPool(ExpertPool):
         self.bits, self.group, self.activation = bits, group, form["activation"]
         self.input_rms = nn.Parameter(torch.empty(d_model), requires_grad=False)
         init.ones_(self.input_rms)
-        self._copies, self._packed = Kept(), Kept()
-        self.misfit = misfit(self)  # None: the kernel takes these experts
+        self._copies, self._packed, self._for_gpu = Kept(), Kept(), Kept()
+        self.misfit, self.gpu_misfit = misfit(self), gpu_misfit(self)  # None: the kernels take these experts
         self.observer: Callable[[torch.Tensor], None] | None = None
 
     def reset_parameters(self) -> None:
@@ -109,14 +112,22 @@ class ElasticPool(ExpertPool):
         if self._learns():
             self._forget()
         if budget is None or budget.price == 0:
-            return self.products(x_td)[2] @ self.v
+            return self._everything(x_td)
         by_kernel = not choice and self.observer is None and usable(self, x_td)
         if by_kernel and (not hurry or faster(x_td, budget.bytes)):
             return few_tokens(self._current(self._packed, pack), x_td, budget)
+        on_gpu = None if choice or self.observer is not None else self._packed_for_gpu(x_td)
+        if on_gpu is not None and 0 < len(x_td) <= AT_MOST:
+            y_td = few_tokens_on_gpu(on_gpu, x_td, budget)
+            if y_td is not None:
+                return y_td
         if hurry:
-            return self.products(x_td)[2] @ self.v
+            return self._everything(x_td)
         copies = self.copies()
         return self.choose(x_td, copies, budget) if choice else at_budget(self, x_td, copies, budget)
+
+    def _everything(self, x_td: torch.Tensor) -> torch.Tensor:
+        return in_full(self, x_td) if full_usable(self, x_td) else combined(self.products(x_td)[2], self.v)
 
     def choose(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> Choice:
         """How each expert is read for each token; see the docstring of peer_elastic.py."""
@@ -149,6 +160,7 @@ class ElasticPool(ExpertPool):
     def _forget(self) -> None:
         self._copies.forget()
         self._packed.forget()
+        self._for_gpu.forget()
 
     def _current(self, kept: Kept, make: Callable[[ElasticPool], Any]) -> Any:
         """What is kept, made anew where it is not of the weights as they are now."""
@@ -167,6 +179,13 @@ class ElasticPool(ExpertPool):
         if torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
             return make_copies(self)
         return self._current(self._copies, make_copies)  # type: ignore[no-any-return]
+
+    def _packed_for_gpu(self, x_td: torch.Tensor) -> PackedForGPU | None:
+        """What the GPU kernels read; None where they cannot be used. A compiled pass takes what an earlier one made."""
+        if torch.compiler.is_compiling():
+            usable_now = x_td.dtype == self.u.dtype and not self._learns() and not x_td.requires_grad
+            return self._for_gpu.value if usable_now else None
+        return self._current(self._for_gpu, pack_for_gpu) if packs_for_gpu(self, x_td) else None
 
     def _learns(self) -> bool:
         """Whether experts may be about to change: not every optimizer says so (fused AdamW raises no version)."""

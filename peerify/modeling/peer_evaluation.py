@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from .peer_copies import Copies, estimate, meet_keys
 from .peer_cpu import FEW
 from .peer_many import Choosing, can_choose
+from .peer_products import combined, linear
 
 AT_ONCE = 256  # tokens, on a CPU: so many fit its cache
 NONE, COARSE, FINE, FULL = range(4)  # how an expert is read: not at all, by one of its copies, in full
@@ -58,12 +58,12 @@ def _by_kernels(pool: Any, x_td: torch.Tensor, copies: Copies, budget: Any, lear
     projected = None
     if bool((choosing.tier_tn == FINE).any()):
         assert fine.gate_nd is not None
-        projected = F.linear(x_td, fine.gate_nd, pool.gate_bias), F.linear(x_td, fine.u_nd, pool.u_bias)
+        projected = linear(x_td, fine.gate_nd, pool.gate_bias), linear(x_td, fine.u_nd, pool.u_bias)
     fine_tn, full_td, all_tn = choosing.settle(x_td, projected, learns)
-    y_td = choosing.coarse_tn.to(x_td.dtype) @ copies.coarse.v_nd
+    y_td = combined(choosing.coarse_tn.to(x_td.dtype), copies.coarse.v_nd)
     y_td = y_td + full_td.to(y_td.dtype)
     if fine_tn is not None:
-        y_td = y_td + fine_tn.to(x_td.dtype) @ fine.v_nd
+        y_td = y_td + combined(fine_tn.to(x_td.dtype), fine.v_nd)
     return Found(y_td, choosing.tier_tn, all_tn, choosing.gate_tn, choosing.u_tn)
 
 
@@ -72,7 +72,7 @@ def _plainly(pool: Any, x_td: torch.Tensor, copies: Copies, budget: Any, learns:
     estimated = estimate(pool, copies, keyed)
     tier_tn = pool.tiers(estimated, budget.price, budget.inputs)
     a_tn, gate_tn, u_tn = estimated.a_tn * (tier_tn == COARSE), keyed.gate_tn, keyed.u_tn
-    y_td = a_tn.to(x_td.dtype) @ copies.coarse.v_nd
+    y_td = combined(a_tn.to(x_td.dtype), copies.coarse.v_nd)
     tracing, fine = torch.compiler.is_compiling() or torch.jit.is_tracing(), copies.fine
     for tier, u_nd, gate_nd, v_nd in ((FINE, fine.u_nd, fine.gate_nd, fine.v_nd), (FULL, pool.u, pool.gate, pool.v)):
         mask_tn, rows = tier_tn == tier, slice(None)  # type: torch.Tensor, Any
@@ -82,12 +82,12 @@ def _plainly(pool: Any, x_td: torch.Tensor, copies: Copies, budget: Any, learns:
                 continue
             if len(x_td) <= FEW and not learns:
                 rows = used_n.nonzero()[:, 0]
-        u_tr = F.linear(x_td, u_nd[rows], None if pool.u_bias is None else pool.u_bias[rows])
+        u_tr = linear(x_td, u_nd[rows], None if pool.u_bias is None else pool.u_bias[rows])
         gate_tr = None
         if gate_nd is not None:
-            gate_tr = F.linear(x_td, gate_nd[rows], None if pool.gate_bias is None else pool.gate_bias[rows])
+            gate_tr = linear(x_td, gate_nd[rows], None if pool.gate_bias is None else pool.gate_bias[rows])
         a_tr = pool.activate(u_tr, gate_tr) * mask_tn[:, rows]
-        y_td = y_td + a_tr @ v_nd[rows]
+        y_td = y_td + combined(a_tr, v_nd[rows])
         if learns:
             a_tn, u_tn = a_tn + a_tr, torch.where(mask_tn, u_tr, u_tn)
             gate_tn = None if gate_tn is None or gate_tr is None else torch.where(mask_tn, gate_tr, gate_tn)

@@ -7,13 +7,13 @@ Shape suffixes: t tokens, d d_model, n experts, k experts that are added up.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .peer_gathered import Combine, Project, Rows, usable
 from .peer_keys import Retrieved
+from .peer_products import combined, linear
 
 GATHERED = 2**19  # numbers of gathered rows at a time on a CPU: from its cache they are read in a third of the time
 
@@ -70,12 +70,12 @@ class ExpertPool(nn.Module):
         if isinstance(found, Retrieved):
             return self.gathered(x_td, found)
         a_tn = self.products(x_td)[2]
-        return (a_tn if found is None else a_tn * found.to(a_tn.dtype)) @ self.v
+        return combined(a_tn if found is None else a_tn * found.to(a_tn.dtype), self.v)
 
     def products(self, x_td: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Up and gate projections, and activations, of all experts by dense products: each (t, n)."""
-        u_tn = F.linear(x_td, self.u, self.u_bias)
-        gate_tn = None if self.gate is None else F.linear(x_td, self.gate, self.gate_bias)
+        u_tn = linear(x_td, self.u, self.u_bias)
+        gate_tn = None if self.gate is None else linear(x_td, self.gate, self.gate_bias)
         return u_tn, gate_tn, self.activate(u_tn, gate_tn)
 
     def gathered(self, x_td: torch.Tensor, found: Retrieved) -> torch.Tensor:
@@ -122,16 +122,17 @@ class ExpertPool(nn.Module):
         gate_tk = None if gate_nd is None else project(gate_nd, self.gate_bias)
         a_tk = self.activate(project(u_nd, self.u_bias), gate_tk) * found.weight_tk
         y_td = Combine.apply(a_tk.float(), v_nd, rows)
-        return y_td.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_td.dtype)
+        device = x_td.device.type
+        return y_td.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_td.dtype)
 
     def _shared(self, x_td: torch.Tensor) -> torch.Tensor:
         """Sum of the always-on experts' outputs, (t, d)."""
 
         def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return F.linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])
+            return linear(x_td, table[: self.num_shared], None if bias is None else bias[: self.num_shared])
 
         gate = None if self.gate is None else project(self.gate, self.gate_bias)
-        return self.activate(project(self.u, self.u_bias), gate) @ self.v[: self.num_shared]
+        return combined(self.activate(project(self.u, self.u_bias), gate), self.v[: self.num_shared])
 
     def activate(self, u: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """Activations a_i of experts from their projections: what multiplies their output vectors."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
-"""Experts that are given as indices, evaluated on a CPU without a copy of their rows.
+"""Experts that are given as indices, evaluated without a copy of their rows.
 
 Three products make up the experts and all of their derivatives. With table_nd and the experts index_tk of each token,
 
@@ -10,7 +10,8 @@ and the derivatives of each are the other two: that of a product with a table is
 makes a (t, k, d) copy of rows for the first two. Activation functions stand between them and are PyTorch's own.
 
 Sums are in float32, whatever the tables have. A row of a scatter is summed in the order of tokens by one thread, so
-gradients are the same every time. Where kernels cannot be used (peer_kernels.py), or do not fit, layers run without.
+gradients are the same every time. The kernels are numba's on a CPU (peer_kernels.py), and Triton's on a GPU
+(peer_gathered_gpu.py). Where they cannot be used, or do not fit, layers run without.
 
 Shape suffixes: t tokens, d d_model, n experts, k experts of a token, p pairs of a token and an expert, s experts that
 any token has.
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .peer_gathered_gpu import combine, project, scatter, usable_on_gpu
 from .peer_kernels import kernel, obstacle, plain, run
+from .peer_triton import reaches
 
 # What a kernel is told, by place: numbers, and addresses of contiguous arrays of float32 or as said.
 (
@@ -59,12 +62,13 @@ class Rows:
         experts: how many there are.
 
     Raises:
-        IndexError: there is no such expert; kernels would read what is not theirs.
+        IndexError: there is no such expert; kernels would read what is not theirs. On a GPU nobody looks, for that
+            would wait until all indices are there.
     """
 
     def __init__(self, index_tk: torch.Tensor, experts: int) -> None:
         self.index_tk, self.experts = index_tk.contiguous(), experts
-        if index_tk.numel():
+        if index_tk.numel() and not index_tk.is_cuda:
             low, high = map(int, torch.aminmax(index_tk))
             if low < 0 or high >= experts:
                 raise IndexError(f"experts {low} to {high} are asked for, of {experts}")
@@ -83,9 +87,23 @@ class Rows:
         torch.cumsum(count_s, 0, out=start[1:])
         return order_p, start, expert_s
 
+    @functools.cached_property
+    def of_all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs by expert (p,), and where those of each expert there is begin (n + 1,): known without waiting."""
+        expert_p, order_p = self.index_tk.flatten().sort(stable=True)
+        return order_p, torch.searchsorted(expert_p, torch.arange(self.experts + 1, device=expert_p.device))
+
 
 def _run(product: int, numbers_tk: torch.Tensor, vectors_td: torch.Tensor, table_nd: torch.Tensor, rows: Rows) -> None:
     """One of the products, of contiguous tensors; it overwrites the one of them that is its result."""
+    if reaches(table_nd):
+        if product == PROJECT:
+            project(numbers_tk, vectors_td, table_nd, rows.index_tk)
+        elif product == COMBINE:
+            combine(numbers_tk, vectors_td, table_nd, rows.index_tk)
+        else:
+            scatter(numbers_tk, vectors_td, table_nd, rows.index_tk, *rows.of_all)
+        return
     frame = Frame()
     frame[PRODUCT], frame[COUNT] = product, len(vectors_td)
     frame[WIDTH], frame[EACH] = vectors_td.shape[1], numbers_tk.shape[1]
@@ -155,7 +173,8 @@ class Scatter(torch.autograd.Function):
         a_tk, x_td = a_tk.contiguous(), x_td.contiguous()
         ctx.save_for_backward(a_tk, x_td)
         ctx.rows = rows
-        table_nd = _zeros(rows, x_td.shape[1], dtype)
+        size = rows.experts, x_td.shape[1]
+        table_nd = x_td.new_empty(size, dtype=dtype) if reaches(x_td) else _zeros(*size, dtype)
         _run(SCATTER, a_tk, x_td, table_nd, rows)
         return table_nd
 
@@ -172,16 +191,16 @@ class Scatter(torch.autograd.Function):
         )
 
 
-def _zeros(rows: Rows, width: int, dtype: torch.dtype) -> torch.Tensor:
+def _zeros(experts: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """A table of zeros in memory of its own, of which the system makes only those pages that are written.
 
     Large pages would be fewer, but the system may take a second to find room for them.
     """
-    size = rows.experts * width * dtype.itemsize
+    size = experts * width * dtype.itemsize
     if size < 2**20 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(rows.experts, width, dtype=dtype)
+        return torch.zeros(experts, width, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(rows.experts, width)
+    return torch.frombuffer(memory, dtype=dtype).view(experts, width)
 
 
 # --- Whether they can be used -------------------------------------------------------------------------------------
@@ -191,22 +210,24 @@ def usable(x_td: torch.Tensor, *tables: torch.Tensor) -> bool:
     """Whether the products can be computed of these tokens and tables."""
     u_nd = tables[0]
     return (
-        plain(x_td)
+        type(x_td) is torch.Tensor
         and x_td.dtype in DTYPES
-        and (x_td.dtype == u_nd.dtype or torch.is_autocast_enabled("cpu"))
+        and (x_td.dtype == u_nd.dtype or torch.is_autocast_enabled(x_td.device.type))
         and x_td.shape[1] == u_nd.shape[1]
-        and x_td.shape[1] % LANES == 0
         and all(
             type(table) in (torch.Tensor, nn.Parameter)
-            and table.is_cpu
+            and table.device == x_td.device
             and table.dtype == u_nd.dtype in DTYPES
             and table.shape == u_nd.shape
             and table.is_contiguous()
             for table in tables
         )
-        and obstacle() is None
-        and _work(u_nd.dtype) is not None
+        and (usable_on_gpu(x_td, u_nd) or _usable_on_cpu(x_td, u_nd))
     )
+
+
+def _usable_on_cpu(x_td: torch.Tensor, u_nd: torch.Tensor) -> bool:
+    return plain(x_td) and x_td.shape[1] % LANES == 0 and obstacle() is None and _work(u_nd.dtype) is not None
 
 
 def _work(dtype: torch.dtype) -> Any:

@@ -20,6 +20,7 @@ except ImportError:
 
 LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FAST = ("contract", "reassoc", "nsz", "arcp", "afn")  # of fast arithmetic what leaves numbers that are none as they are
 VECTOR, CODES, WHOLE = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
 
 

@@ -79,16 +79,17 @@ def _layer_numbers(model: Any, stage: StageConfig) -> int:
 
 
 def _elastic_numbers(layer: ElasticPEER) -> int:
-    # Of each expert in full: its projections, the activated one, and what multiplies its output vector. Of either copy
-    # the same, and of the choice a mask of bytes for each of the three.
+    # Of each expert: its projections, the activated one, and what multiplies its output vector; at a budget also
+    # whether it was read.
     in_full = 2 if layer.pool.gate is None else 4
-    return (in_full if layer.budget is None else 3 * in_full + 1) * layer.num_experts + layer.d_model
+    return (in_full if layer.budget is None else in_full + 1) * layer.num_experts + layer.d_model
 
 
 def _copied_numbers(model: Any) -> int:
-    """Numbers of the coarse and the fine copies of experts, where a budget needs them."""
+    """Numbers of the coarse and the fine copies of one layer's experts: no layer keeps those of a step."""
     pools = [layer.pool for layer in model.modules() if isinstance(layer, ElasticPEER) and layer.budget is not None]
-    return 2 * sum(table.numel() for pool in pools for table in (pool.u, pool.gate, pool.v) if table is not None)
+    tables = [[table for table in (pool.u, pool.gate, pool.v) if table is not None] for pool in pools]
+    return 2 * max((sum(table.numel() for table in group) for group in tables), default=0)
 
 
 def _peer_numbers(layer: PEER, stage: StageConfig) -> int:
