@@ -220,7 +220,7 @@ _BUDGETS = (
 
 
 _SPEED = (
-    "One or two tokens at once are decoded faster on a CPU where numba is installed (`pip install numba`). Everywhere "
+    "Up to eight tokens at once are decoded faster on a CPU where numba is installed (`pip install numba`). Everywhere "
     "else, on GPUs too, it takes the dense model's time."
 )
 

@@ -104,11 +104,17 @@ class Packed:
 
 def misfit(pool: Any) -> str | None:
     """Why the kernel cannot be used for these experts; None: it can."""
-    d_model = pool.u.shape[1]
+    d_model, group = pool.u.shape[1], pool.group
+    if group % 32 or d_model % 16:
+        return f"{d_model} inputs in groups of {group} are not multiples of 16 and 32"
+    return unsuited(pool)
+
+
+def unsuited(pool: Any) -> str | None:
+    """Why no kernel for few tokens, of whatever device, can be used for these experts; None: one may."""
     for wrong, reason in (
         (pool.gate is None, "its experts have no gate"),
         (pool.bits != 4, f"its copies have {pool.bits} bits, not 4"),
-        (pool.group % 32 or d_model % 16, f"{d_model} inputs in groups of {pool.group} are not multiples of 16 and 32"),
         (bool(pool.clamp), "its experts are clamped"),
         (pool.activation not in ACTIVATIONS, f"its activation function is {pool.activation}"),
     ):
@@ -141,7 +147,7 @@ def usable(pool: Any, x_td: torch.Tensor) -> bool:
 
 def faster(x_td: torch.Tensor, share: float) -> bool:
     """Whether the kernel takes less time for these tokens at that share of the bytes than all experts in full."""
-    return any(len(x_td) <= few and share <= most for few, most in FASTER[x_td.dtype])
+    return any(len(x_td) <= few and share <= most for few, most in FASTER.get(x_td.dtype, ()))
 
 
 # --- Packing ------------------------------------------------------------------------------------------------------

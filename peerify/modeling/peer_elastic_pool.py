@@ -16,11 +16,11 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
-from .peer_cpu import faster, few_tokens, misfit, pack, usable
+from .peer_cpu import faster, few_tokens, misfit, pack, unsuited, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
 from .peer_full import full_usable, in_full
-from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, gpu_misfit, pack_for_gpu, packs_for_gpu
+from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, pack_for_gpu, packs_for_gpu
 from .peer_products import combined
 
 
@@ -93,7 +93,7 @@ class ElasticPool(ExpertPool):
         self.input_rms = nn.Parameter(torch.empty(d_model), requires_grad=False)
         init.ones_(self.input_rms)
         self._copies, self._packed, self._for_gpu = Kept(), Kept(), Kept()
-        self.misfit, self.gpu_misfit = misfit(self), gpu_misfit(self)  # None: the kernels take these experts
+        self.misfit, self.gpu_misfit = misfit(self), unsuited(self)  # None: the kernels take these experts
         self.observer: Callable[[torch.Tensor], None] | None = None
 
     def reset_parameters(self) -> None:
@@ -113,10 +113,10 @@ class ElasticPool(ExpertPool):
             self._forget()
         if budget is None or budget.price == 0:
             return self._everything(x_td)
-        by_kernel = not choice and self.observer is None and usable(self, x_td)
-        if by_kernel and (not hurry or faster(x_td, budget.bytes)):
+        by_kernel = not choice and self.observer is None
+        if by_kernel and (not hurry or faster(x_td, budget.bytes)) and usable(self, x_td):
             return few_tokens(self._current(self._packed, pack), x_td, budget)
-        on_gpu = None if choice or self.observer is not None else self._packed_for_gpu(x_td)
+        on_gpu = self._packed_for_gpu(x_td) if by_kernel else None
         if on_gpu is not None and 0 < len(x_td) <= AT_MOST:
             y_td = few_tokens_on_gpu(on_gpu, x_td, budget)
             if y_td is not None:

@@ -58,19 +58,6 @@ class PackedForGPU(NamedTuple):
 # --- Whether it can be used ---------------------------------------------------------------------------------------
 
 
-def gpu_misfit(pool: Any) -> str | None:
-    """Why the kernels cannot be used for these experts; None: they can."""
-    for wrong, reason in (
-        (pool.gate is None, "its experts have no gate"),
-        (pool.bits != 4, f"its copies have {pool.bits} bits, not 4"),
-        (bool(pool.clamp), "its experts are clamped"),
-        (pool.activation not in ACTIVATIONS, f"its activation function is {pool.activation}"),
-    ):
-        if wrong:
-            return reason
-    return None
-
-
 def packs_for_gpu(pool: Any, x_td: torch.Tensor) -> bool:
     """Whether the kernels can compute what tokens like these ask of `pool`, if they are not too many."""
     u_nd = pool.u

@@ -47,7 +47,9 @@ def results(pool: Any, x: Tensor, found: Retrieved, learn: bool = True) -> list[
     found = Retrieved(found.index_tk, weight_tk)
     y = pool.gathered(x, found)
     wanted = [x, *([weight_tk] if learn else []), *pool.parameters()]
-    return [y.detach(), *torch.autograd.grad((y * torch.sin(torch.arange(y.numel())).view_as(y).to(y)).sum(), wanted)]
+    # Numbers that 16 bits hold: rounded, they would be another function's gradients, far from these where terms cancel.
+    given = torch.sin(torch.arange(y.numel())).mul(64).round().div(64).view_as(y).to(y)
+    return [y.detach(), *torch.autograd.grad(y, wanted, given)]
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -69,18 +71,9 @@ def test_outputs_and_gradients(data: st.DataObject, seed: int) -> None:
     got = results(pool, x, found, learn)
     exact = copy.deepcopy(pool).double()
     expected = results(exact, x.double(), Retrieved(found.index_tk, found.weight_tk.double()), learn)
-    # What numbers of 16 bits make of derivatives near 0, they make of them on the plain path, too.
-    peer_triton.enabled = False
-    try:
-        plainly = results(pool, x, found, learn)
-    finally:
-        peer_triton.enabled = True
-    for ours, theirs, plain in zip(got, expected, plainly, strict=True):
+    for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == dtype
-        allowed = TOLERANCE[dtype] * max(float(theirs.norm()), 1e-2)
-        if dtype != torch.float32:
-            allowed = max(allowed, 2 * float((plain.double() - theirs).norm()))
-        assert float((ours.double() - theirs).norm()) <= allowed
+        assert float((ours.double() - theirs).norm()) <= TOLERANCE[dtype] * max(float(theirs.norm()), 1e-2)
 
 
 def test_they_are_the_same_every_time(seed: int) -> None:
