@@ -26,8 +26,8 @@ from .peer_kernels import kernel, obstacle, run
 from .peer_many import ACTIVATIONS, BLOCK
 
 # The largest share of the dense layer's bytes at which the kernel takes less time than all experts in full
-# (peer_full.py), by number type, for up to so many tokens at once. Measured on two cores with AVX-512 and
-# 25 GB/s of memory: with more cores for the same memory, the kernel would pay at larger shares.
+# (peer_full.py), by number type, for up to so many tokens at once. Measured by
+# benchmarks/speed/few_tokens.py on two cores with AVX-512: with more cores for the same memory, it would pay at more.
 FASTER = {
     torch.float32: ((1, 0.6), (2, 0.25), (4, 0.15)),
     torch.bfloat16: ((1, 0.25),),
