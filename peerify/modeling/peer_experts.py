@@ -117,7 +117,8 @@ class ExpertPool(nn.Module):
 
         def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             z_tk = Project.apply(x, table, rows)
-            return z_tk if bias is None else z_tk + bias[rows.index_tk]
+            # In float32 before it is read, so that its gradient is summed in float32, too.
+            return z_tk if bias is None else z_tk + bias.float()[rows.index_tk]
 
         gate_tk = None if gate_nd is None else project(gate_nd, self.gate_bias)
         a_tk = self.activate(project(u_nd, self.u_bias), gate_tk) * found.weight_tk
