@@ -11,7 +11,8 @@ import yaml
 from peerify.checkpoint import frontmatter
 from peerify.checkpoint.atomic import write_text
 from peerify.checkpoint.files import CARD
-from peerify.checkpoint.record import check_layers, read_record, write_record
+from peerify.checkpoint.layer_options import check_layers
+from peerify.checkpoint.record import read_record, write_record
 from peerify.errors import PublishError
 from peerify.reading import local_path, read_object
 

@@ -1,7 +1,7 @@
-"""The shapes of what peerify writes: peerify.json, which is read and written here, and the layers in config.json.
+"""The shape of peerify.json, which is read and written here.
 
-peerify.json says how a converted model was made, and what was measured of it. Both lie in folders that strangers hand
-out, so what is read is checked before anything uses it.
+It says how a converted model was made, and what was measured of it. It lies in folders that strangers hand out, so
+what is read is checked before anything uses it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from peerify.checkpoint.atomic import write_text
@@ -20,10 +20,10 @@ from peerify.checkpoint.files import MARKER
 from peerify.errors import PeerifyError
 from peerify.reading import printable, read_object, shown
 
-_MORE = ConfigDict(extra="allow", allow_inf_nan=False)
+MORE = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Origin(TypedDict):
     """The dense model."""
 
@@ -37,14 +37,14 @@ class Origin(TypedDict):
     pipeline_tag: NotRequired[str]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Texts(TypedDict):
     """The part of a recipe that names texts, as others may see them."""
 
     data: list[str]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Asked(TypedDict):
     """The recipe of a conversion."""
 
@@ -53,7 +53,7 @@ class Asked(TypedDict):
     calibration: Texts
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Seen(TypedDict):
     """The calibration data that was used."""
 
@@ -62,7 +62,7 @@ class Seen(TypedDict):
     inputs: NotRequired[int]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Continuation(TypedDict):
     """How many tokens both models add to a prompt before they part, of how many at most."""
 
@@ -70,7 +70,7 @@ class Continuation(TypedDict):
     of: int
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Against(TypedDict):
     """A comparison with the dense model."""
 
@@ -81,7 +81,7 @@ class Against(TypedDict):
     continuation: NotRequired[Continuation | None]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Result(TypedDict):
     """What `peerify eval` measured."""
 
@@ -92,35 +92,35 @@ class Result(TypedDict):
     against: NotRequired[Against | None]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Results(TypedDict):
     """Likewise, on several texts."""
 
     texts: Annotated[list[Result], Field(min_length=1)]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class TrainedOn(TypedDict):
     """One text of a training."""
 
     path: str
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class TrainingData(TypedDict):
     """The texts of a training."""
 
     sources: NotRequired[list[TrainedOn]]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class TrainingRecipe(TypedDict):
     """The recipe of a training."""
 
     data: NotRequired[TrainingData]
 
 
-@with_config(_MORE)
+@with_config(MORE)
 class Training(TypedDict):
     """Continued training, done or still going on."""
 
@@ -130,7 +130,16 @@ class Training(TypedDict):
     recipe: NotRequired[TrainingRecipe]
 
 
-@with_config(_MORE)
+@with_config(MORE)
+class Growth(TypedDict):
+    """How layers were given memories: the recipe, and the data that fitted their keys."""
+
+    recipe: dict[str, Any]
+    calibration: Seen
+    data: list[str]
+
+
+@with_config(MORE)
 class Record(TypedDict):
     """peerify.json. Keys that this version does not know are kept."""
 
@@ -144,74 +153,10 @@ class Record(TypedDict):
     layer_errors: Mapping[str, float | None]
     files: NotRequired[list[str]]
     evaluation: NotRequired[list[Result]]
+    growth: NotRequired[Growth]
     training: NotRequired[Training | None]
 
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-
-
-@with_config(_MORE)
-class ElasticLayer(TypedDict):
-    """An entry of config.json's "peer": a layer whose experts have copies as keys, see `ElasticPEER`."""
-
-    kind: Literal["elastic"]
-    d_model: Count
-    num_experts: Count
-    bits: Annotated[int, Field(ge=2, le=8)]
-    group: Annotated[int, Field(ge=1, lt=2**53)]
-    budgets: list[Annotated[list[float], Field(min_length=5, max_length=5)]]
-    d_ff: NotRequired[Count | None]
-    activation: NotRequired[str]
-    clamp: NotRequired[dict[str, float] | None]
-    gated: NotRequired[bool]
-    expert_bias: NotRequired[bool]
-    gate_bias: NotRequired[bool]
-    output_bias: NotRequired[bool]
-
-
-@with_config(_MORE)
-class Layer(TypedDict):
-    """Likewise: a layer with product keys, see `PEER`."""
-
-    kind: NotRequired[Literal["product"]]
-
-    d_model: Count
-    num_experts: Count
-    grid: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    num_heads: Count
-    topk: Count
-    num_shared: Count
-    query_dim: NotRequired[Count | None]
-    d_ff: NotRequired[Count | None]
-    activation: NotRequired[str]
-    gates: NotRequired[str]
-    clamp: NotRequired[dict[str, float] | None]
-    gated: NotRequired[bool]
-    expert_bias: NotRequired[bool]
-    gate_bias: NotRequired[bool]
-    output_bias: NotRequired[bool]
-    share_pool: NotRequired[bool]
-    share_keys: NotRequired[bool]
-    joint_topk: NotRequired[bool]
-    query_norm: NotRequired[bool]
-    key_bias: NotRequired[bool]
-
-
-def _kind(layer: Any) -> str:
-    return str(layer.get("kind", "product")) if isinstance(layer, dict) else "product"
-
-
-@with_config(_MORE)
-class Peer(TypedDict):
-    """The "peer" entry of a converted model's config.json."""
-
-    layers: dict[
-        str,
-        Annotated[Annotated[ElasticLayer, Tag("elastic")] | Annotated[Layer, Tag("product")], Discriminator(_kind)],
-    ]
-
-
-_PEER: TypeAdapter[Peer] = TypeAdapter(Peer)
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 _RESULTS: TypeAdapter[Results] = TypeAdapter(Results)
@@ -225,7 +170,7 @@ def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
     """
     path = folder / MARKER
     remedy = "convert again"
-    content = _checked(_RECORD, read_object(path, fault, remedy), str(path), fault, remedy)
+    content = checked(_RECORD, read_object(path, fault, remedy), str(path), fault, remedy)
     training = content.get("training")
     if training and not training.get("unfinished") and not {"tokens", "recipe"} <= training.keys():
         raise fault(f"{printable(path)}: training has no tokens or no recipe; {remedy}")
@@ -242,12 +187,7 @@ def read_record(folder: Path, fault: type[PeerifyError]) -> Record:
 def check_result(result: Any, where: str, fault: type[PeerifyError]) -> Result | Results:
     """`result`, once it is known to be what `peerify eval --json` writes. Raises `fault`, which begins with `where`."""
     adapter: TypeAdapter[Any] = _RESULTS if isinstance(result, dict) and "texts" in result else _RESULT
-    return cast("Result | Results", _checked(adapter, result, where, fault, "give what `peerify eval --json` writes"))
-
-
-def check_layers(config: Mapping[str, Any], where: str, fault: type[PeerifyError]) -> None:
-    """Raise `fault`, which begins with `where`, unless "peer" in a config.json is what peerify writes there."""
-    _checked(_PEER, config.get("peer"), f"{where}: peer", fault, "convert again")
+    return cast("Result | Results", checked(adapter, result, where, fault, "give what `peerify eval --json` writes"))
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -255,7 +195,7 @@ def write_record(folder: Path, record: Record) -> None:
     write_text(folder / MARKER, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def _checked(adapter: TypeAdapter[Any], value: Any, where: str, fault: type[PeerifyError], remedy: str) -> Any:
+def checked(adapter: TypeAdapter[Any], value: Any, where: str, fault: type[PeerifyError], remedy: str) -> Any:
     """`value` as it stands, once it has the adapter's shape, finite numbers and texts that can be written."""
     try:
         adapter.validate_python(value, strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from peerify.checkpoint.files import MODEL_FILES, matching, require_own
 from peerify.checkpoint.gguf import read_gguf
-from peerify.checkpoint.record import check_layers
+from peerify.checkpoint.layer_options import check_layers
 from peerify.checkpoint.weights import Shapes, check_weights, no_safetensors, weight_files
 from peerify.errors import CheckpointError
 from peerify.reading import local_path, printable, read_object, reason, shown

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from peerify.config.grow import GrowConfig
 from peerify.config.peer import PeerConfig, Section
 from peerify.config.train import TrainConfig
 from peerify.config.yamlfile import flatten, nest, parse_overrides, read_mapping
@@ -93,6 +94,9 @@ class Recipe(Section):
 
     calibration: CalibrationConfig = CalibrationConfig()
     """The calibration text."""
+
+    grow: GrowConfig | None = None
+    """New experts beside those that were converted."""
 
     train: TrainConfig | None = None
     """Continued training of what was converted."""

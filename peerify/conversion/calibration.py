@@ -68,7 +68,7 @@ def walk(model: nn.Module, sites: list[Site], batches: list[Batch]) -> Iterator[
     device = next(model.parameters()).device
     batches = [on_device(batch, device) for batch in batches]
     paths = {site.path for site in sites}
-    with _evaluating(model):
+    with evaluating(model):
         body = _body(model, sites)
         for chain in _chains(model, body, sites, batches):
             here = [site for site in sites if any(inside(site.path, block) for block in chain)]
@@ -236,11 +236,11 @@ def _block_inputs(model: nn.Module, body: nn.Module, chain: list[str], batches: 
                     assert call is not None
                     calls.append(call if i == 0 else _Call(call.hidden[:0], call.name, call.args, call.kwargs))
                     if stop_at_first or i == len(chain) - 1:
-                        raise _StopForwardError
+                        raise StopForwardError
 
                 hook = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
                 stack.enter_context(hooked(hook))
-            with suppress(_StopForwardError):
+            with suppress(StopForwardError):
                 body(**batch)
         return calls
 
@@ -282,7 +282,7 @@ def _adds_up(model: nn.Module, block: nn.Module, site: Site, call: _Call, hidden
     return bool((total - output.float()).norm() <= tolerance * output.float().norm())
 
 
-class _StopForwardError(Exception):
+class StopForwardError(Exception):
     """Ends a forward pass early."""
 
 
@@ -329,7 +329,7 @@ def _capture(model: nn.Module, site: Site, into: _Seen) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, and no key-value cache: a block that is run again must not find its own past."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None)]  # T5's decoder has its own

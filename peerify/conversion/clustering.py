@@ -38,6 +38,18 @@ def arrange(points_nz: Tensor, num_heads: int, grid: tuple[int, int], seed: int)
     return order
 
 
+def balanced_clusters(points_nz: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Numbers of the points in each of `count` clusters of equal size, by bisection as for the rows of a grid.
+
+    Where there are fewer points than clusters, some clusters have the same point.
+    """
+    points = len(points_nz)
+    index = torch.arange(max(points, count)) % points
+    capacities = [len(index) * (i + 1) // count - len(index) * i // count for i in range(count)]
+    generator = torch.Generator().manual_seed(seed)
+    return list(_bisect(points_nz, index, capacities, generator).split(capacities))
+
+
 def two_way(cells_habz: Tensor, filled_hab: Tensor) -> tuple[Tensor, Tensor]:
     """Row part (h, a, z) and column part (h, b, z) of the least-squares additive approximation.
 

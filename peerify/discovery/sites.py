@@ -6,8 +6,6 @@ Site; conversion/feedforward.py reads its weights and puts something else in its
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -18,9 +16,9 @@ from transformers import PreTrainedModel
 
 from peerify.discovery.formula import Formula, Projection, read_formula, without_reshape
 from peerify.discovery.replay import Clamp
+from peerify.discovery.selection import select
 from peerify.discovery.trace import Call, Trace, Value, is_projection, needs_weights, record
 from peerify.errors import ConversionError
-from peerify.reading import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,35 +167,11 @@ def select_sites(sites: list[Site], spec: str) -> list[Site]:
     if not able:
         why = f" ({sites[0].path}: {sites[0].reason})" if sites else "; routed experts are not dense"
         raise ConversionError(f"the model has no dense feed-forward layer that can be converted{why}")
-    chosen: set[int] = set()
-    for part in (p.strip() for p in spec.split(",")):
-        if part in ("all", "auto"):  # auto: which of them stay dense is decided by what they cost
-            chosen.update(able)
-        elif part == "middle":
-            chosen.add(able[len(able) // 2])
-        elif part == "first-last":
-            chosen.update((able[0], able[-1]))
-        elif match := re.fullmatch(r"([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?", part):
-            first, last = int(match[1]), int(match[2] or match[1])
-            if first > last or last >= len(sites):
-                raise ConversionError(
-                    f"layers {shown(part)}: the model has feed-forward layers 0-{len(sites) - 1}; "
-                    "`peerify inspect` lists them"
-                )
-            chosen.update(range(first, last + 1))
-        else:
-            named = [i for i, site in enumerate(sites) if fnmatch.fnmatchcase(site.path, part)]
-            if not named or not part:
-                raise ConversionError(
-                    f"layers {shown(part)}: no feed-forward layer has that path; they are called like "
-                    f"{sites[able[0]].path!r}, `peerify inspect` lists them"
-                )
-            usable = [i for i in named if sites[i].convertible]
-            chosen.update(usable or named)
-    for i in sorted(chosen):
+    chosen = select([site.path for site in sites], able, spec, where="`peerify inspect` lists them")
+    for i in chosen:
         if not sites[i].convertible:
             raise ConversionError(f"layer {i} ({sites[i].path}) cannot be converted: {sites[i].reason}; leave it out")
-    return [sites[i] for i in sorted(chosen)]
+    return [sites[i] for i in chosen]
 
 
 def _site(

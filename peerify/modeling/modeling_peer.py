@@ -5,7 +5,8 @@ This folder's files need torch and transformers only. They are part of the peeri
 beside the weights of every converted model, so that ``from_pretrained(..., trust_remote_code=True)`` works without
 peerify. There are two layers. That of peer_elastic.py has experts with copies of few bits as keys (peer_copies.py,
 peer_elastic_pool.py), that of peer_layer.py retrieves experts by product keys (peer_keys.py, peer_selection.py). Tables
-of experts are in peer_experts.py.
+of experts are in peer_experts.py. Either may have a memory of many more experts (peer_memory.py). What config.json says
+of layers becomes layers in peer_install.py.
 """
 
 from __future__ import annotations
@@ -15,92 +16,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.models.auto import configuration_auto
 
 from .peer_elastic import ElasticPEER
+from .peer_install import FORMAT, absent_attribute, install, layers_below, make_layer
 from .peer_layer import PEER
+from .peer_memory import shared_pools
 
-FORMAT = 2  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 # The files that travel beside the weights: this one, and what it imports. On one line, which peerify reads.
-FILES = ("modeling_peer.py", "peer_choice_kernel.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_evaluation.py", "peer_experts.py", "peer_full.py", "peer_full_kernel.py", "peer_gathered.py", "peer_gathered_gpu.py", "peer_gathered_gpu_kernel.py", "peer_gathered_kernel.py", "peer_gpu.py", "peer_gpu_kernel.py", "peer_kernels.py", "peer_keys.py", "peer_lanes.py", "peer_layer.py", "peer_many.py", "peer_many_kernel.py", "peer_products.py", "peer_rounding_kernel.py", "peer_selection.py", "peer_topk.py", "peer_topk_kernel.py", "peer_triton.py", "peer_vectors.py")  # fmt: skip  # noqa: E501
+FILES = ("modeling_peer.py", "peer_choice_kernel.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_evaluation.py", "peer_experts.py", "peer_full.py", "peer_full_kernel.py", "peer_gathered.py", "peer_gathered_gpu.py", "peer_gathered_gpu_kernel.py", "peer_gathered_kernel.py", "peer_gpu.py", "peer_gpu_kernel.py", "peer_install.py", "peer_kernels.py", "peer_keys.py", "peer_lanes.py", "peer_layer.py", "peer_many.py", "peer_many_kernel.py", "peer_memory.py", "peer_products.py", "peer_rounding_kernel.py", "peer_selection.py", "peer_topk.py", "peer_topk_kernel.py", "peer_triton.py", "peer_vectors.py")  # fmt: skip  # noqa: E501
 PREFILL = ("all", "budget")
-
-
-def make_layer(options: dict[str, Any]) -> PEER | ElasticPEER:
-    """A layer of what config.json says of it.
-
-    Raises:
-        ValueError: it says something that layers no longer have.
-    """
-    options = dict(options)
-    if options.pop("kind", "product") == "elastic":
-        return ElasticPEER(**options)
-    # Product keys had more options once. A layer that made no use of them is what it would be today.
-    gone = {name: options.pop(name, None) for name in ("rerank", "share_query", "estimate", "shortlist", "candidates")}
-    if gone["rerank"] or gone["share_query"] or gone["estimate"]:
-        raise ValueError(
-            "the model was converted by an older version of peerify with re-ranking or low-rank keys, which this one "
-            "has not: convert it again, or load it with trust_remote_code=True, by the code beside its weights"
-        )
-    return PEER(**options)
-
-
-class _Removed(nn.Identity):
-    """Where the second half of a feed-forward layer was that has no module of its own.
-
-    Some architectures initialise the weights of its linear layers from above, by name: they find empty ones.
-    """
-
-    weight = property(lambda self: torch.empty(0, 1))
-    bias = property(lambda self: torch.empty(0, 1))
-
-
-def _absent_attribute(layer: nn.Module, name: str) -> Any:
-    """`PEER.__getattr__` while weights are initialised."""
-    try:
-        return nn.Module.__getattr__(layer, name)
-    except AttributeError:
-        return _Removed()
-
-
-def _install(model: PreTrainedModel, peer: dict[str, Any]) -> None:
-    """Put PEER layers and identities where `peer` says. Idempotent; parts that this model class lacks are passed over.
-
-    Raises:
-        ValueError: `peer` was written by a newer peerify, or names no module of this model.
-    """
-    if peer["format"] < FORMAT:
-        raise ValueError(
-            f"the model was converted by a version of peerify before 0.1 (format {peer['format']}, and this one reads "
-            f"{FORMAT}): convert it again, or load it with trust_remote_code=True, by the code beside its weights"
-        )
-    if peer["format"] > FORMAT:
-        raise ValueError(
-            f"the config's `peer` entry has format {peer['format']} and this modeling_peer.py reads up to {FORMAT}: "
-            "update peerify, or load with trust_remote_code=True to use the file beside the weights"
-        )
-    prefix = model.base_model_prefix + "."
-    found = 0
-    children = [name + "." for name, _ in model.named_children()]
-    for path, new in [*peer["layers"].items(), *((path, None) for path in peer["identities"])]:
-        # Heads of one architecture may hold the same base model under names of their own.
-        below = path.partition(".")[2]
-        renamed = (path.removeprefix(prefix), prefix + path, below, prefix + below)
-        for candidate in (path, *renamed, *(child + path for child in children)):
-            try:
-                old = model.get_submodule(candidate)
-            except AttributeError:
-                continue
-            found += 1
-            if not isinstance(old, (PEER, ElasticPEER) if new is not None else nn.Identity):
-                model.set_submodule(candidate, make_layer(new) if new is not None else _Removed())
-            break
-    if peer["layers"] and not found:
-        raise ValueError(f"none of the layers named in the config's `peer` entry exists in {type(model).__name__}")
+__all__ = ["FORMAT", "PeerModelMixin", "adopt", "make_layer", "register"]
 
 
 def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
@@ -121,7 +49,7 @@ def _own_part(config: PretrainedConfig, model_class: Any) -> PretrainedConfig:
     peer = config.peer  # type: ignore[attr-defined]
     own = {
         "format": peer["format"],
-        "layers": {inside(path): layer for path, layer in peer["layers"].items() if inside(path)},
+        "layers": layers_below(peer["layers"], inside),
         "identities": [inside(path) for path in peer["identities"] if inside(path)],
     }
     text = _adopt_config(copy.deepcopy(config.get_text_config()), model_class, own)
@@ -138,7 +66,7 @@ class PeerModelMixin:
         super().__init__(_own_part(config, type(self)), *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
-        _install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
+        install(self, self.config.peer)  # type: ignore[arg-type, attr-defined]
         self.set_active(getattr(self.config, "peer_active", 1.0), getattr(self.config, "peer_prefill", "all"))  # type: ignore[attr-defined]
         # The models inside listed their tied weights when they still had the layers that are now replaced. Innermost
         # first: each list holds those of the children.
@@ -149,6 +77,11 @@ class PeerModelMixin:
                     tied = getattr(child, "all_tied_weights_keys", None) or {}
                     part.all_tied_weights_keys.update({f"{name}.{k}": f"{name}.{v}" for k, v in tied.items()})
         super().post_init()  # type: ignore[misc]
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As of transformers; the tables that memories of several layers share are tied as well."""
+        tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)  # type: ignore[misc]
+        return tied | shared_pools(self)  # type: ignore[arg-type]
 
     def set_active(self, active: float, prefill: str | None = None) -> None:
         """Spend that share of the dense layers' bytes for each token from now on, in layers that have budgets.
@@ -180,7 +113,7 @@ class PeerModelMixin:
         # architectures fill the buffers of their parts there (Falcon-H1).
         # Others initialise the layers of a block by name (V-JEPA 2): what is gone lets everything be done to it.
         self.is_custom_code = lambda: False
-        PEER.__getattr__ = ElasticPEER.__getattr__ = _absent_attribute  # type: ignore[assignment, method-assign]
+        PEER.__getattr__ = ElasticPEER.__getattr__ = absent_attribute  # type: ignore[assignment, method-assign]
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:

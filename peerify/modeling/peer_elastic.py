@@ -29,6 +29,7 @@ from transformers import initialization as init
 
 from .peer_elastic_pool import Budget, ElasticPool, mean_counts
 from .peer_evaluation import NONE
+from .peer_memory import Memory, memory_cost
 
 
 class ElasticPEER(nn.Module):
@@ -78,6 +79,7 @@ class ElasticPEER(nn.Module):
             expert_bias=expert_bias, gate_bias=gate_bias, clamp=clamp,
         )  # fmt: skip
         self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
+        self.memory: Memory | None = None
         self.budget: Budget | None = None
         self.prefill_all = True
 
@@ -114,6 +116,8 @@ class ElasticPEER(nn.Module):
         self.pool.reset_parameters()
         if self.bias is not None:
             init.zeros_(self.bias)
+        if self.memory is not None:
+            self.memory.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
@@ -121,6 +125,8 @@ class ElasticPEER(nn.Module):
         y_td = self.pool(x_td, self.budget, hurry=self.prefill_all and not self.training)
         if self.bias is not None:
             y_td = y_td + self.bias
+        if self.memory is not None:
+            y_td = y_td + self.memory(x_td)
         return y_td.view(hidden_states.shape)
 
     @torch.no_grad()
@@ -132,7 +138,9 @@ class ElasticPEER(nn.Module):
     def usage(self, x_td: torch.Tensor) -> tuple[torch.Tensor, float, float]:
         """`active_experts`, and what these tokens spend at the budget: mean bytes and multiply-adds, as `cost`."""
         if self.budget is None or self.budget.price == 0:
-            return torch.ones(len(x_td), self.num_experts, dtype=torch.bool, device=x_td.device), 1.0, 1.0
+            everything = torch.ones(len(x_td), self.num_experts, dtype=torch.bool, device=x_td.device)
+            read, done = memory_cost(self)
+            return everything, 1.0 + read, 1.0 + done
         return self._spent(self.pool(x_td, self.budget, choice=True).tier_tn, self.budget)
 
     def watch(self, used: Callable[[torch.Tensor, float, float], None] | None) -> None:
@@ -151,7 +159,7 @@ class ElasticPEER(nn.Module):
         return tier_tn != NONE, *self.cost(budget.inputs, mean_counts(tier_tn))
 
     def cost(self, inputs: float, counts: Sequence[float]) -> tuple[float, float]:
-        """Bytes and multiply-adds of a token, as shares of the dense layer's.
+        """Bytes and multiply-adds of a token, those of the memory among them, as shares of the dense layer's.
 
         Args:
             inputs: share of the inputs that meet the keys.
@@ -164,17 +172,22 @@ class ElasticPEER(nn.Module):
         again = 1 if inputs == 1 else 2 - 1 / vectors  # the fine copy's part of the key; if not all was read, the rest
         done = sum(n * cost for n, cost in zip(counts, (1 / vectors, again, 1.0), strict=True))
         norms = 1 / vectors  # of the inputs
-        return (self.num_experts * key + read + norms) / self.d_ff, (self.num_experts * of_key + done) / self.d_ff
+        memory = memory_cost(self)
+        return (
+            (self.num_experts * key + read + norms) / self.d_ff + memory[0],
+            (self.num_experts * of_key + done) / self.d_ff + memory[1],
+        )
 
     @property
     def bytes_fraction(self) -> float:
-        """Bytes of weights that a token reads, over the dense layer's in bfloat16; as measured on calibration text."""
-        return 1.0 if self.budget is None else self.budget.bytes
+        """Bytes of weights that a token reads, over the dense layer's in bfloat16; as measured on calibration text,
+        and the memory's."""
+        return (1.0 if self.budget is None else self.budget.bytes) + memory_cost(self)[0]
 
     @property
     def macs_fraction(self) -> float:
         """Multiply-adds of a token over the dense layer's, likewise."""
-        return 1.0 if self.budget is None else self.budget.macs
+        return (1.0 if self.budget is None else self.budget.macs) + memory_cost(self)[1]
 
     @property
     def weight(self) -> torch.Tensor:

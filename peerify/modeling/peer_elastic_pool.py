@@ -96,8 +96,8 @@ class ElasticPool(ExpertPool):
         self.misfit, self.gpu_misfit = misfit(self), unsuited(self)  # None: the kernels take these experts
         self.observer: Callable[[torch.Tensor], None] | None = None
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
+    def reset_parameters(self, *, outputs: bool = True) -> None:
+        super().reset_parameters(outputs=outputs)
         if hasattr(self, "input_rms"):  # else still being made
             init.ones_(self.input_rms)
 

@@ -50,9 +50,9 @@ class ExpertPool(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(num_experts)) if gated and gate_bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Random initialisation; leaves weights alone that transformers has already loaded."""
-        for table in (self.u, self.v, self.gate):
+    def reset_parameters(self, *, outputs: bool = True) -> None:
+        """Random initialisation, of output vectors if asked to; leaves weights alone that transformers has loaded."""
+        for table in (self.u, self.v if outputs else None, self.gate):
             if table is not None:
                 init.normal_(table, std=table.shape[1] ** -0.5)
         for bias in (self.u_bias, self.gate_bias):

@@ -41,6 +41,7 @@ class ProductKeys(nn.Module):
         query_dim: int | None,
         query_norm: bool,
         key_bias: bool,
+        query_bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_keys, self.grid, self.num_heads = num_keys, tuple(grid), num_heads
@@ -62,7 +63,7 @@ class ProductKeys(nn.Module):
         if query_dim is not None:
             if query_dim % 2:
                 raise ValueError(f"query_dim {query_dim} must be even: its halves meet row and column keys")
-            self.query_proj = nn.Linear(d_model, query_dim * num_heads, bias=False)
+            self.query_proj = nn.Linear(d_model, query_dim * num_heads, bias=query_bias)
             key_dim = query_dim // 2
             self.query_norm = nn.BatchNorm1d(query_dim * num_heads) if query_norm else None
         elif query_norm:

@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from .peer_experts import ExpertPool
 from .peer_keys import ProductKeys, Retrieved
+from .peer_memory import Memory, memory_cost
 from .peer_selection import kept
 
 
@@ -108,6 +109,7 @@ class PEER(nn.Module):
             clamp=clamp,
         )
         self.bias = nn.Parameter(torch.zeros(d_model)) if output_bias else None
+        self.memory: Memory | None = None
         # `topk` is of all heads together, `per_head` what one call of the retrieval is asked for.
         self.topk = min(num_heads * topk, self.keys.num_keys)
         self.per_head = self.topk if joint_topk else min(topk, grid[0] * grid[1])
@@ -118,14 +120,20 @@ class PEER(nn.Module):
         self.pool.reset_parameters()
         if self.bias is not None:
             init.zeros_(self.bias)
+        if self.memory is not None:
+            self.memory.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype in and out: (..., d_model)."""
         x_td = hidden_states.reshape(-1, self.d_model)
         y_td = self.pool(x_td, self.retrieve(x_td) if self._gathers(x_td) else self.weights(x_td))
+        return self.rest(x_td, y_td).view(hidden_states.shape)
+
+    def rest(self, x_td: torch.Tensor, y_td: torch.Tensor) -> torch.Tensor:
+        """`y_td`, the sum of experts, and what the layer adds to it: its bias, and its memory."""
         if self.bias is not None:
             y_td = y_td + self.bias
-        return y_td.view(hidden_states.shape)
+        return y_td if self.memory is None else y_td + self.memory(x_td)
 
     def _gathers(self, x_td: torch.Tensor) -> bool:
         """Whether reading the rows of what is retrieved takes less time than multiplying with all experts."""
@@ -203,13 +211,14 @@ class PEER(nn.Module):
 
     @property
     def bytes_fraction(self) -> float:
-        """Bytes of weights that a token reads, router among them, over the dense layer's."""
-        return self._fraction(self.keys.sub_keys.numel())
+        """Bytes of weights that a token reads, router and memory among them, over the dense layer's."""
+        return self._fraction(self.keys.sub_keys.numel()) + memory_cost(self)[0]
 
     @property
     def macs_fraction(self) -> float:
-        """Multiply-adds of a token, router among them, over the dense layer's."""
-        return self._fraction(self.num_heads * sum(self.keys.grid) * self.keys.sub_keys.shape[-1])
+        """Multiply-adds of a token, likewise, over the dense layer's."""
+        keys = self.num_heads * sum(self.keys.grid) * self.keys.sub_keys.shape[-1]
+        return self._fraction(keys) + memory_cost(self)[1]
 
     def _fraction(self, keys: int) -> float:
         """What a token takes, `keys` of it for products with sub-keys, over what the dense layer takes."""

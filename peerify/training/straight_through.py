@@ -177,8 +177,7 @@ class StraightThrough:
             if score_shn is None or every > 1:
                 score_shn = cell_scores(layer.keys, *layer.keys.sub_scores(x_td[taught]))
             a_tn = _weighted(a_tn, weight_tn, score_shn, level[taught], temperature, taught)
-        y_td = a_tn @ pool.v
-        return y_td if layer.bias is None else y_td + layer.bias
+        return layer.rest(x_td, a_tn @ pool.v)  # type: ignore[no-any-return]
 
     def _record(
         self, path: str, layer: Any, scores: tuple[Tensor, Tensor], index_tk: Tensor | None, weight: Tensor

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hub_client import record as raw
 
-from peerify.checkpoint.record import check_layers, check_result, read_record, write_record
+from peerify.checkpoint.layer_options import check_layers
+from peerify.checkpoint.record import check_result, read_record, write_record
 from peerify.errors import OutputError, PublishError
 
 
