@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from peerify.cli.base import PROMOTED
+from peerify.cli.base import PROMOTED, PROMOTED_TO_GROW
 from peerify.config.recipe import Recipe
 
 DOCUMENT = Path(__file__).parent / "options.md"
@@ -28,7 +28,8 @@ peerify convert --recipe recipes/smollm2-135m/convert-50.yaml --calibration text
 ```
 
 `N` is the number of an element of a list, from 0 on: `--set train.stages.0.optimizer.lr=5e-5`. In Python the keys below
-`convert` are the fields of `peerify.PeerConfig`. An empty default means that nothing is set; the text says what happens
+`convert` are the fields of `peerify.PeerConfig`, and those below `grow` of `peerify.GrowConfig`; their flags are those
+of `peerify grow`. An empty default means that nothing is set; the text says what happens
 then. The [glossary](glossary.md) explains the words.
 """
 
@@ -50,7 +51,7 @@ def _section(prefix: str, model: type[BaseModel], default: Any) -> Iterator[str]
         else:
             yield ""
     yield "| key | flag | values | default | meaning |\n|---|---|---|---|---|"
-    flags = {key: flag for flag, key in PROMOTED.items()}
+    flags = {key: flag for flag, key in [*PROMOTED.items(), *PROMOTED_TO_GROW.items()]}
     below: list[Iterator[str]] = []
     for name, field in model.model_fields.items():
         key = prefix + name

@@ -61,7 +61,8 @@ def evaluate(
         bfloat16) and multiply-adds, everything counted; usage is the share of experts evaluated at least once,
         kl_uniform the KL from uniform of how often each was (PEER paper, table 2), effective_experts exp of the entropy
         of that: so many experts, used equally often, would be as even. bytes_per_token is ``{"p5", "p50", "p95"}``: so
-        many of a hundred tokens take at most that share of the dense layer's bytes, to 0.001.
+        many of a hundred tokens take at most that share of the dense layer's bytes, to 0.001. A grown layer also has
+        "memory": ``{"num_experts", "usage", "kl_uniform", "effective_experts"}`` of its new experts.
 
     Raises:
         CheckpointError, UsageError: see `perplexity`; also where the two vocabularies differ.

@@ -123,21 +123,23 @@ def _fingerprint(asked: Any) -> str:
 
 
 def _asked_of_conversion(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(
-        mode="json", include={"model", "output", "revision", "convert", "calibration", "dtype", "max_shard_size"}
-    )
+    asked = {"model", "output", "revision", "convert", "calibration", "dtype", "max_shard_size"}
+    return recipe.model_dump(mode="json", include=asked | ({"grow"} if recipe.grow else set()))
 
 
 def _refuse_another(recipe: Recipe) -> None:
     """Whether the folder that is there was converted as the recipe says."""
-    made = read_record(Path(recipe.output).expanduser(), OutputError)["recipe"]["convert"]
-    asked = recipe.model_dump(mode="json")["convert"]
-    if made != asked:
-        key = next((key for key in asked if made.get(key) != asked[key]), "")
-        raise OutputError(
-            f"{recipe.output} was converted with another convert.{key}: restore it, name another output, or pass "
-            "--overwrite to begin anew"
-        )
+    record = read_record(Path(recipe.output).expanduser(), OutputError)
+    grown = record["growth"][-1]["recipe"] if record.get("growth") else {}
+    asked = recipe.model_dump(mode="json")
+    for section, made in (("convert", record["recipe"]["convert"]), ("grow", grown)):
+        now = asked[section] or {}
+        if made != now:
+            key = next((key for key in {**now, **made} if made.get(key) != now.get(key)), "")
+            raise OutputError(
+                f"{recipe.output} was converted with another {section}.{key}: restore it, name another output, or pass "
+                "--overwrite to begin anew"
+            )
 
 
 def _check(recipe: Recipe, stages: Sequence[str], overwrite: bool) -> None:

@@ -28,6 +28,7 @@ class Used:
         self.count_n = torch.zeros(layer.num_experts, dtype=torch.float64)
         self.tokens_s = torch.zeros(STEPS + 1, dtype=torch.int64)  # tokens that read 0, 1, 2, ... steps
         self.tokens, self.bytes, self.macs = 0, 0.0, 0.0
+        self.memory_n: torch.Tensor | None = None  # of the new experts, if the layer has any: how often each was found
 
     def add(self, mask_tn: torch.Tensor, read_t: torch.Tensor, done_t: torch.Tensor) -> None:
         """Add tokens: which experts each used, and its bytes and multiply-adds over the dense layer's."""
@@ -49,6 +50,9 @@ def counting(model: nn.Module) -> Iterator[dict[str, Used]]:
     hooks, watched = [], []
     for path, layer in peer_layers(model).items():
         used[path] = Used(layer)
+        if getattr(layer, "memory", None) is not None:
+            used[path].memory_n = torch.zeros(layer.memory.num_experts, dtype=torch.float64)
+            hooks.append(layer.memory.register_forward_pre_hook(partial(_add_retrieved, used[path])))
         if getattr(layer, "budget", None) is not None and layer.budget.price > 0:  # says itself what it chooses, once
             layer.pool.observer = partial(_add_tiers, used[path], layer)
             watched.append(layer)
@@ -75,17 +79,34 @@ def _add_inputs(used: Used, layer: Any, args: tuple[torch.Tensor, ...]) -> None:
     used.add(mask_tn, *(torch.full((len(mask_tn),), spent, dtype=torch.float64) for spent in (read, done)))
 
 
+def _add_retrieved(used: Used, memory: Any, args: tuple[torch.Tensor, ...]) -> None:
+    """Add what a memory finds for its tokens."""
+    assert used.memory_n is not None
+    index_tk = memory.retrieve(args[0]).index_tk
+    used.memory_n += torch.bincount(index_tk.flatten(), minlength=memory.num_experts).cpu()
+
+
+def evenness(count_n: torch.Tensor) -> dict[str, float]:
+    """How evenly experts were used, from how often each was: {"usage", "kl_uniform", "effective_experts"}."""
+    share_n = count_n / count_n.sum().clamp_min(1)
+    entropy = torch.special.entr(share_n).sum().item()
+    return {
+        "usage": (count_n > 0).double().mean().item(),
+        "kl_uniform": max(0.0, math.log(len(share_n)) - entropy),
+        "effective_experts": math.exp(entropy) if count_n.any() else 0.0,
+    }
+
+
 def summary(path: str, layer: Any, used: Used) -> dict[str, Any]:
     """An entry of "layers" in what `peerify.evaluate` returns."""
-    share_n = used.count_n / used.count_n.sum().clamp_min(1)
-    entropy = torch.special.entr(share_n).sum().item()
+    memory_n = used.memory_n
+    memory = {} if memory_n is None else {"memory": {"num_experts": len(memory_n), **evenness(memory_n)}}
     return {
         "path": path,
         "num_experts": int(layer.num_experts),
         "bytes_fraction": used.bytes / max(1, used.tokens),
         "macs_fraction": used.macs / max(1, used.tokens),
-        "usage": (used.count_n > 0).double().mean().item(),
-        "kl_uniform": max(0.0, math.log(len(share_n)) - entropy),
-        "effective_experts": math.exp(entropy) if used.count_n.any() else 0.0,
+        **evenness(used.count_n),
         "bytes_per_token": {f"p{percent}": used.percentile(percent) for percent in PERCENTILES},
+        **memory,
     }

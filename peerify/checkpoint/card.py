@@ -183,7 +183,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         f"bfloat16) and takes {record['macs_fraction']:.1%} of its multiply-adds, everything counted.",
         "## How to load it",
         _snippet(loader(config), record.get("files", []), name),
-        *([_BUDGETS] if elastic else []),
+        *([_BUDGETS.format(experts="copied neuron" if "growth" in record else "expert")] if elastic else []),
         "The code is `modeling_peer.py` and what it imports, beside the weights; it needs torch and transformers 5.17 "
         "or newer.",
         "## Base model and licence",
@@ -194,6 +194,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
         "## How it was converted",
         _conversion(record, layers),
         _layers(record, layers),
+        *_growth(record, layers),
         "## Healing",
         _healing(record.get("training")),
         "## Limits",
@@ -214,7 +215,7 @@ def _block(record: Mapping[str, Any], config: Mapping[str, Any], name: str, told
 
 _BUDGETS = (
     "`model.set_active(0.25)` spends another share of the dense layers' bytes from then on, and `1` evaluates every "
-    "expert in full; `from_pretrained(..., peer_active=0.25)` begins so. Where a sequence brings more than a few "
+    "{experts} in full; `from_pretrained(..., peer_active=0.25)` begins so. Where a sequence brings more than a few "
     "tokens at once, all experts are evaluated in full; `peer_prefill` and `prefill` set to `budget` keep to the "
     "budget there, too."
 )
@@ -322,6 +323,26 @@ def _layers(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
         used = f"{_added(layer)}{always}"
         table.append(f"| `{path}` | {layer['num_experts']} | {router} | {used} | {last} |")
     return "\n".join(table)
+
+
+def _growth(record: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What layers were given to grow, as paragraphs."""
+    growth = record.get("growth")
+    if not growth:
+        return []
+    rows = ["| layer | new experts | keys | found for a token |", "|---|---|---|---|"]
+    for path, memory in ((path, layer["memory"]) for path, layer in layers.items() if layer.get("memory")):
+        where = f", in the pool of `{memory['pool_of']}`" if memory.get("pool_of") else ""
+        keys = "{} × {}".format(*memory["grid"])
+        found = f"{memory['num_heads']} × {memory['topk']}"
+        rows.append(f"| `{path}` | {memory['num_experts']:,}{where} | {keys} | {found} |")
+    fitted = (f"{each['calibration'].get('tokens', 0):,} tokens of {_listed(each['data'])}" for each in growth)
+    said = (
+        "Layers were given new experts, which product keys find, beside the neurons. Their output vectors were zero, "
+        f"so that the model computed what it did before, until they were trained. Keys were fitted on "
+        f"{', then on '.join(dict.fromkeys(fitted))}."
+    )
+    return ["## How it was grown", said, "\n".join(rows)]
 
 
 def _healing(training: Mapping[str, Any] | None) -> str:

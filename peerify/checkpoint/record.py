@@ -153,7 +153,7 @@ class Record(TypedDict):
     layer_errors: Mapping[str, float | None]
     files: NotRequired[list[str]]
     evaluation: NotRequired[list[Result]]
-    growth: NotRequired[Growth]
+    growth: NotRequired[list[Growth]]
     training: NotRequired[Training | None]
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from peerify import __version__
+from peerify.config.grow import GrowConfig
 from peerify.config.peer import PeerConfig
 from peerify.config.recipe import CalibrationConfig, Recipe, describe
 from peerify.errors import PeerifyError, StoppedError, Terminated, UsageError
@@ -40,6 +41,15 @@ PROMOTED = {
     "--max-shard-size": "max_shard_size",
     "--overwrite": "overwrite",
     "--trust-remote-code": "trust_remote_code",
+}
+# Likewise of `peerify grow`, where some of the same flags are other keys.
+PROMOTED_TO_GROW = {
+    "--num-experts": "grow.num_experts",
+    "--layers": "grow.layers",
+    "--share-pool": "grow.share_pool",
+    "--heads": "grow.num_heads",
+    "--topk": "grow.topk",
+    "--seed": "grow.seed",
 }
 
 
@@ -96,11 +106,12 @@ def overridable(command: Command) -> Command:
     return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)(command)
 
 
-def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
-    """A flag that is a key of the recipe, described there."""
-    key = PROMOTED[flag]
+def promoted(flag: str, *, to_grow: bool = False, **settings: Any) -> Callable[[Command], Command]:
+    """A flag that is a key of the recipe, described there; `to_grow`: that of `peerify grow`."""
+    key = (PROMOTED_TO_GROW if to_grow else PROMOTED)[flag]
     section, _, name = key.rpartition(".")
-    model: Any = {"convert": PeerConfig, "calibration": CalibrationConfig, "": Recipe}[section]
+    sections = {"convert": PeerConfig, "grow": GrowConfig, "calibration": CalibrationConfig, "": Recipe}
+    model: Any = sections[section]
     default = model.model_fields[name].default
     # The click default stays None, "not said", so that a recipe's own value is not overruled.
     is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
@@ -111,18 +122,18 @@ def promoted(flag: str, **settings: Any) -> Callable[[Command], Command]:
 def given_flags(flags: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """What was said of the promoted flags, as `Recipe.load` takes it."""
     given: dict[str, tuple[str, Any]] = {}
-    for flag, key in PROMOTED.items():
+    for flag, key in [*PROMOTED.items(), *PROMOTED_TO_GROW.items()]:
         value = flags.get(key.replace(".", "__"))
         if value is not None and value is not False and value != ():  # 0 was said, too
             given[key] = (flag, list(value) if isinstance(value, tuple) else value)
     return given
 
 
-def require_calibration(recipe: Recipe) -> None:
-    """Raise UsageError where `recipe` names no calibration text."""
+def require_calibration(recipe: Recipe, what: str = "conversion") -> None:
+    """Raise UsageError where `recipe` names no calibration text, which `what` needs."""
     if not recipe.calibration.sources:
         raise UsageError(
-            "conversion needs calibration text: pass --calibration with a .txt file or a Hub dataset such as "
+            f"{what} needs calibration text: pass --calibration with a .txt file or a Hub dataset such as "
             "wikitext:wikitext-2-raw-v1"
         )
 

@@ -126,6 +126,9 @@ def _print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None
         span = f"{100 * spread['p5']:.0f}–{spread['p95']:.0%}" if spread else ""
         read, *more = _used(layer)
         table.add_row(layer["path"], f"{layer['num_experts']:,}", read, span, *more)
+        if "memory" in layer:
+            memory = layer["memory"]
+            table.add_row("  its memory", f"{memory['num_experts']:,}", "", "", "", *_used(memory)[2:])
     table.add_section()
     read, *more = _used(_mean(layers))
     table.add_row("mean", "", read, "", *more)

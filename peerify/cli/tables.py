@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -94,8 +94,42 @@ def print_conversion(result: Mapping[str, Any], layers: Sequence[Mapping[str, An
         f"{len(layers)} layers converted; a token reads {result['bytes_fraction']:.1%} of their bytes and takes "
         f"{result['macs_fraction']:.1%} of their multiply-adds; in {result['seconds']:.0f} s{memory}"
     )
+    if result.get("grown"):
+        _print_memories(console, result["grown"], layers)
     if last:
         _print_model(console, result["output"])
+
+
+def print_growth(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
+    """One row per layer that has new experts, then what the model is now."""
+    console = _console()
+    _print_memories(console, result["layers"], layers)
+    peak = result["peak_rss_mb"]
+    memory = f" with at most {peak:,.0f} MB of memory" if peak is not None else ""
+    console.print(
+        f"{_count(result['parameters'])} parameters; it computes what it did, and in all PEER layers a token reads "
+        f"{result['bytes_fraction']:.1%} of the dense layers' bytes and takes {result['macs_fraction']:.1%} of their "
+        f"multiply-adds; in {result['seconds']:.0f} s{memory}"
+    )
+    console.print(f"model: {result['output']}")
+
+
+def _print_memories(console: Console, paths: Iterable[str], layers: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each of `paths`, in their order."""
+    by_path = {layer["path"]: layer for layer in layers}
+    table = _table("layer", ">new experts", ">grid", ">heads × top-k", "pool", ">bytes", ">multiply-adds")
+    for path in paths:
+        layer, memory = by_path[path], by_path[path]["memory"]
+        table.add_row(
+            path,
+            f"{memory['num_experts']:,}",
+            "×".join(map(str, memory["grid"])),
+            _topk(memory),
+            f"of {memory['pool_of']}" if memory.get("pool_of") else "its own",
+            f"{layer['bytes_fraction']:.1%}",
+            f"{layer['macs_fraction']:.1%}",
+        )
+    console.print(table)
 
 
 def print_densified(result: Mapping[str, Any]) -> None:

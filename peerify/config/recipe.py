@@ -147,6 +147,13 @@ class Recipe(Section):
         return self.train
 
     @property
+    def growth(self) -> GrowConfig:
+        """The `grow:` part. Raises UsageError where there is none."""
+        if self.grow is None:
+            raise UsageError("how far to grow is not said: give --num-experts, or `grow:` with num_experts below it")
+        return self.grow
+
+    @property
     def trained_output(self) -> str:
         """Where the trained model is written."""
         return self.training.output or f"{self.output.rstrip('/')}-healed"

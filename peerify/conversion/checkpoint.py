@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,15 @@ import peerify
 from peerify.checkpoint.atomic import atomic_folder
 from peerify.checkpoint.card import edited_card, write_card
 from peerify.checkpoint.files import CARD
-from peerify.checkpoint.load import DenseModel, load_dense
+from peerify.checkpoint.load import DenseModel, load_dense, load_skeleton
 from peerify.checkpoint.provenance import provenance
-from peerify.checkpoint.record import Record, Seen, read_record, write_record
+from peerify.checkpoint.record import Growth, Record, Seen, read_record, write_record
+from peerify.config.grow import GrowConfig
 from peerify.config.peer import PeerConfig
-from peerify.config.recipe import Recipe
+from peerify.config.recipe import CalibrationConfig, Recipe
+from peerify.conversion.growth import grow, grown_bytes, plan_growth, require_memory
 from peerify.conversion.model import Conversion, convert
+from peerify.conversion.skeleton import converted_skeleton
 from peerify.data import check_source, check_windows, load_windows, public_name
 from peerify.errors import ConversionError, OutputError
 from peerify.memory import peak_mb
@@ -29,27 +33,40 @@ from peerify.progress import Progress, teller
 
 
 def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Load the dense model, convert it and write the result to `recipe.output`, whole or not at all.
+    """Load the dense model, convert it, grow it if asked to, and write it to `recipe.output`, whole or not at all.
 
     Returns:
         ``{"output", "layers", "bytes_fraction", "macs_fraction", "predicted_ratio", "seconds", "peak_rss_mb",
-        "layer_errors"}``; predicted_ratio is null where no sensitivities were measured.
+        "layer_errors"}``; predicted_ratio is null where no sensitivities were measured. With `recipe.grow` also
+        ``"grown": {path: options of its memory}``.
 
     Raises:
         PeerifyError: whatever is wrong with the model, the text, the recipe or the output folder.
     """
     tell = teller(progress)
     read = [recipe.model, *recipe.calibration.sources]
-    with atomic_folder(recipe.output, overwrite=recipe.overwrite, inputs=read) as folder:
+    needed = _require_room_to_grow(recipe)
+    with atomic_folder(recipe.output, overwrite=recipe.overwrite, inputs=read, expected_bytes=needed) as folder:
         dense, windows_bt = load_for_conversion(recipe, progress)
         card = _card_to_keep(recipe.output, dense)
         conversion = convert(dense.model, recipe.convert, windows_bt, progress=progress)
+        grown, note = {}, None
+        if recipe.grow is not None:
+            growth = grow(conversion.model, recipe.grow, windows_bt, progress=progress)
+            conversion = dataclasses.replace(
+                conversion,
+                bytes_fraction=growth.bytes_fraction,
+                macs_fraction=growth.macs_fraction,
+                seconds=conversion.seconds + growth.seconds,
+            )
+            grown = {"grown": growth.layers}
+            note = growth_record(recipe.grow, recipe.calibration, windows_bt)
         tell("Writing", 0, 1)
-        resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "train", "hub"})
+        resolved = recipe.model_dump(mode="json", exclude={"output", "overwrite", "device", "grow", "train", "hub"})
         resolved["calibration"]["data"] = [public_name(spec) for spec in recipe.calibration.sources]
-        _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size, card)
+        _write_model(folder, conversion, dense, resolved, _seen(windows_bt), recipe.max_shard_size, card, note)
         tell("Writing", 1, 1)
-    return {
+    return grown | {
         "output": recipe.output,
         "layers": list(conversion.layers),
         "bytes_fraction": conversion.bytes_fraction,
@@ -59,6 +76,29 @@ def convert_checkpoint(recipe: Recipe, *, progress: Progress | None = None) -> d
         "peak_rss_mb": peak_mb(),
         "layer_errors": conversion.layer_errors,
     }
+
+
+def _require_room_to_grow(recipe: Recipe) -> int:
+    """Bytes that the grown model will take, 0 where it is not to grow.
+
+    Raises:
+        PeerifyError: `recipe.grow` asks for what cannot be, or for more than this machine has memory for.
+    """
+    if recipe.grow is None:
+        return 0
+    dense = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    anew = recipe.model_copy(update={"grow": None})
+    model = converted_skeleton(anew, dense, made=False)
+    planned = plan_growth(model, recipe.grow)
+    needed = grown_bytes(model, planned, getattr(torch, recipe.dtype))
+    require_memory(needed, planned)
+    return needed
+
+
+def growth_record(config: GrowConfig, calibration: CalibrationConfig, windows_bt: Tensor) -> Growth:
+    """What peerify.json says of a growth."""
+    data = [public_name(spec) for spec in calibration.sources]
+    return {"recipe": config.model_dump(mode="json"), "calibration": _seen(windows_bt), "data": data}
 
 
 def load_for_conversion(recipe: Recipe, progress: Progress | None) -> tuple[DenseModel, Tensor]:
@@ -135,6 +175,7 @@ def _write_model(
     seen: Seen,
     max_shard_size: str,
     card: str | None,
+    growth: Growth | None = None,
 ) -> None:
     """All files of a converted model. The same conversion writes the same bytes: no dates, no local paths."""
     dense.save_processor(folder)
@@ -155,6 +196,8 @@ def _write_model(
         "layer_errors": conversion.layer_errors,
         "files": files,  # of the source model, beside the weights
     }
+    if growth is not None:
+        record["growth"] = [growth]
     write_record(folder, record)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")

@@ -1,7 +1,8 @@
 """Back to dense: a converted model as an ordinary model of the class that it was made from.
 
 A PEER layer whose experts are single neurons with unit gates is a feed-forward layer of which a token uses a part. With
-every expert kept it is that feed-forward layer, in another order of its neurons.
+every expert kept it is that feed-forward layer, in another order of its neurons. A memory that has not learned anything
+adds nothing, and is left out.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ def _fault(layer: PEER | ElasticPEER, site: Site) -> str:
     """Why `layer` is not the feed-forward layer at `site` in another order; empty if it is."""
     if getattr(layer, "gates", "unit") != "unit":
         return f"{layer.gates} gates weigh its experts, which neurons of a dense layer have no place for"
+    if layer.memory is not None and layer.memory.pool.v.any():
+        experts = f"{layer.memory.num_experts:,} experts"
+        return f"its memory of {experts} has learned, which neurons of a dense layer have no place for"
     if layer.num_experts != site.d_ff:
         return f"it has {layer.num_experts:,} experts, and the dense layer {site.d_ff:,} neurons"
     return site.reason

@@ -56,14 +56,13 @@ def plan_growth(model: nn.Module, config: GrowConfig) -> dict[str, dict[str, Any
             neurons than `config` asks for; layers that are to share a pool are of different forms.
     """
     found = peer_layers(model)
-    if not found or not hasattr(model.config, "peer"):
+    if not found:
         raise ConversionError(f"{type(model).__name__} has no PEER layer to grow: convert the model first")
-    entries = _peer(model)["layers"]
-    paths = [path for path in found if path in entries]
+    paths = list(found)
     chosen = select(paths, range(len(paths)), config.layers, kind="PEER layer", where="config.json lists them")
     planned: dict[str, dict[str, Any]] = {}
     for path in (paths[i] for i in chosen):
-        layer, own = found[path], entries[path]
+        layer = found[path]
         if layer.memory is not None:
             raise ConversionError(f"{path} has a memory of {layer.memory.num_experts:,} experts already: leave it out")
         if config.num_experts < layer.num_experts:
@@ -82,21 +81,28 @@ def plan_growth(model: nn.Module, config: GrowConfig) -> dict[str, dict[str, Any
         first = next(iter(planned))
         if config.share_pool and path != first:
             planned[path]["pool_of"] = first
-            if any(own.get(key) != entries[first].get(key) for key in ("d_model", "activation", "gated", "clamp")):
+            if _form(layer) != _form(found[first]):
                 raise ConversionError(f"{path} and {first} cannot share a pool: their experts are of different forms")
     return planned
 
 
-def table_bytes(model: nn.Module, planned: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> int:
-    """Bytes of the tables of all planned pools in that number type."""
+def _form(layer: Any) -> tuple[Any, ...]:
+    """What experts of two layers have in common where they can be of one pool."""
+    pool = layer.pool
+    return layer.d_model, pool.gate is None, repr(pool.act), pool.clamp
+
+
+def grown_bytes(model: nn.Module, planned: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> int:
+    """Bytes of the weights of `model` in that number type, with the tables of all planned pools."""
     layers = peer_layers(model)
     own = [path for path, options in planned.items() if "pool_of" not in options]
     vectors = {path: 2 if layers[path].pool.gate is None else 3 for path in own}
-    return sum(planned[path]["num_experts"] * vectors[path] * layers[path].d_model for path in own) * dtype.itemsize
+    tables = sum(planned[path]["num_experts"] * vectors[path] * layers[path].d_model for path in own)
+    return (tables + sum(parameter.numel() for parameter in model.parameters())) * dtype.itemsize
 
 
 def require_memory(needed: int, planned: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ConversionError where `needed` bytes are more than this machine has free."""
+    """Raise ConversionError where this machine has less than the `needed` bytes of a grown model free."""
     free = psutil.virtual_memory().available
     if needed > free:
         experts = sum(options["num_experts"] for options in planned.values() if "pool_of" not in options)
@@ -130,7 +136,7 @@ def grow(
     start, tell = time.perf_counter(), teller(progress)
     planned = plan_growth(model, config)
     layers = peer_layers(model)
-    require_memory(table_bytes(model, planned, next(model.parameters()).dtype), planned)
+    require_memory(grown_bytes(model, planned, next(model.parameters()).dtype), planned)
     batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
     tell("Reading calibration inputs", 0, 1)
     inputs = _layer_inputs(model, list(planned), batches)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from peerify.checkpoint.load import load_skeleton
-from peerify.config.peer import PeerConfig
 from peerify.config.recipe import Recipe
 from peerify.config.train import StageConfig, TrainConfig
-from peerify.conversion.sizing import plan_layer
+from peerify.conversion.skeleton import converted_skeleton
 from peerify.data import check_windows
-from peerify.discovery.sites import Site, find_feedforwards, select_sites
-from peerify.errors import ConversionError
-from peerify.modeling.peer_elastic import Budget, ElasticPEER
-from peerify.modeling.peer_layer import PEER
 from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 from peerify.training import groups
@@ -43,7 +37,10 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     check_training(recipe)
     tell = teller(progress)
     tell("Planning", 0, 1)
-    model, dense_parameters = _converted_skeleton(recipe)
+    dense = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    dense_parameters = _count(dense)
+    model: Any = converted_skeleton(recipe, dense)
+    groups.require_peer(model)
     check_space(config, model, recipe.run_folder)
     check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), model)
     parameters = _count(model)
@@ -62,49 +59,6 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
         "checkpoint_bytes": config.checkpoints.keep * (4 * parameters + 8 * trainable) + 4 * parameters,
         "stages": stages,
     }
-
-
-def _converted_skeleton(recipe: Recipe) -> tuple[Any, int]:
-    """The model that will train, on the meta device, and the number of the dense teacher's parameters.
-
-    Before it is converted, as if all layers got the same share: their sizes differ little by it.
-    """
-    dense: Any = load_skeleton(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    dense_parameters = _count(dense)
-    if (Path(recipe.output).expanduser() / "config.json").exists():
-        model = load_skeleton(recipe.output, converted_too=True)
-        groups.require_peer(model)
-        return model, dense_parameters
-    sites = select_sites(find_feedforwards(dense), recipe.convert.layers)
-    for site in sites:
-        if not site.convertible:
-            raise ConversionError(f"{site.path} cannot be converted: {site.reason}")
-        with torch.device("meta"):
-            layer = _elastic(site, recipe.convert) if recipe.convert.has_copies else _product(site, recipe.convert)
-        _put(dense, site.path, layer)
-    return dense, dense_parameters
-
-
-def _elastic(site: Site, config: PeerConfig) -> ElasticPEER:
-    layer = ElasticPEER(
-        site.d_model, site.d_ff, activation=site.activation, gated=site.kind == "gated",
-        bits=config.bits, group=min(config.group, site.d_model),
-    )  # fmt: skip
-    active = config.active or 0.5  # to reach a loss, calibration text will tell
-    layer.budget = None if active == 1 else Budget(active, inputs=1.0, price=1.0, bytes=active, macs=active)
-    return layer
-
-
-def _product(site: Site, config: PeerConfig) -> PEER:
-    return PEER(**plan_layer(
-        config, path=site.path, d_model=site.d_model, d_ff=site.d_ff, gated=site.kind == "gated",
-        activation=site.activation,
-    ))  # fmt: skip
-
-
-def _put(model: nn.Module, path: str, layer: PEER | ElasticPEER) -> None:
-    """In place of the dense layer; where its parts are spliced in, they stay beside it, which counts them too often."""
-    model.set_submodule(path, layer)
 
 
 def _stage(

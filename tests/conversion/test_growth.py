@@ -194,8 +194,7 @@ def test_what_cannot_grow_is_refused_before_anything_runs(monkeypatch: pytest.Mo
 
 def test_layers_of_different_forms_share_no_pool() -> None:
     model = converted("llama")
-    entries = model.config.peer["layers"]
-    entries["model.layers.2.mlp"] = entries["model.layers.2.mlp"] | {"activation": "gelu"}
+    model.model.layers[2].mlp.pool.act = torch.nn.GELU()
     with pytest.raises(ConversionError, match="cannot share a pool: their experts are of different forms"):
         plan_growth(model, GrowConfig(**SMALL, layers="all", share_pool=True))
 
