@@ -48,6 +48,7 @@ from .peer_cpu import (
     Y,
 )
 from .peer_cpu_vectors import (
+    LARGEST,
     MIDDLE,
     TOGETHER,
     add_codes,
@@ -65,8 +66,8 @@ except ImportError:
 
 
 @njit(fastmath=set(FAST))
-def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_td: Any) -> tuple[int, Any]:
-    """Put the inputs of a token that matter most into read_td, in order: how many, and the others' squared norm."""
+def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_d: Any) -> tuple[int, Any]:
+    """Put the inputs of a token that matter most into read_d, in order: how many, and the others' squared norm."""
     inputs, omitted, found = len(reach_d), np.float32(0.0), 0
     level = np.int32(0)
     if count < inputs:
@@ -80,53 +81,110 @@ def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_td: 
                 level = higher
     for d in range(inputs):
         if count == inputs or bits_d[d] >= level:
-            read_td[t, found] = d
+            read_d[found] = d
             found += 1
         else:
             omitted += x_td[t, d] * x_td[t, d]
     return found, omitted
 
 
+@njit(fastmath=set(FAST), error_model="numpy")
+def _whole(scaled_d: Any, group: int, x_d: Any, rest_d: Any, size_g2: Any, middle_g: Any) -> None:
+    """Inputs as multiples of a step of their group, in 16 bits, and what is left over as multiples of a smaller one.
+
+    An input that is no number makes its group's steps none, which make the products none.
+    """
+    for g in range(len(size_g2)):
+        largest, total = np.float32(0.0), np.float32(0.0)
+        for d in range(g * group, (g + 1) * group):
+            largest = max(largest, abs(scaled_d[d]))
+            total += scaled_d[d]
+        size = max(largest, np.float32(1e-30)) / np.float32(LARGEST)
+        per, lower = np.float32(1.0) / size, size / np.float32(2 * LARGEST)
+        per_lower = np.float32(2 * LARGEST)
+        for d in range(g * group, (g + 1) * group):
+            ratio = scaled_d[d] * per
+            whole = np.rint(ratio)
+            if not abs(whole) <= np.float32(LARGEST):  # it is no number
+                ratio = whole = np.float32(0.0)
+            x_d[d], rest_d[d] = np.int16(whole), np.int16(np.rint((ratio - whole) * per_lower))
+        nothing = total - total  # unless one is no number
+        size_g2[g, 0], size_g2[g, 1] = size + nothing, lower + nothing
+        middle_g[g] = np.float32(-MIDDLE) * total
+
+
 @njit(fastmath=set(FAST))
-def _fetch(frame: Any, u: Any, gate: Any, v: Any, k: int, size: int, tier: Any) -> None:
-    """Have read ahead what a token reads of a block; `size`: bytes of a number of the experts."""
+def _pairs(read_d: Any, count: int, group: int, scaled_d: Any, x_d: Any, rest_d: Any, out: Any) -> None:
+    """Put inputs that are read together by two of a group; what `key_products` takes.
+
+    Args:
+        read_d, count: inputs in order, and how many.
+        out: rows (p, 2), numbers (p, 2), start (g + 1,), middle (g,), to be written.
+    """
+    row_p2, number_p2, start_g, middle_g = out
+    j, p = 0, 0
+    for g in range(len(middle_g)):
+        start_g[g] = p
+        total = np.float32(0.0)
+        while j < count and read_d[j] < (g + 1) * group:
+            d = read_d[j]
+            alone = j + 1 == count or read_d[j + 1] >= (g + 1) * group
+            other = d if alone else read_d[j + 1]
+            row_p2[p, 0], row_p2[p, 1] = d, other
+            total += scaled_d[d]
+            if alone:
+                number_p2[p, 0], number_p2[p, 1] = np.int32(x_d[d]) & 0xFFFF, np.int32(rest_d[d]) & 0xFFFF
+            else:
+                total += scaled_d[other]
+                number_p2[p, 0] = np.int32(x_d[d]) & 0xFFFF | np.int32(x_d[other]) << 16
+                number_p2[p, 1] = np.int32(rest_d[d]) & 0xFFFF | np.int32(rest_d[other]) << 16
+            j, p = j + (1 if alone else 2), p + 1
+        middle_g[g] = np.float32(-MIDDLE) * total
+    start_g[len(middle_g)] = p
+
+
+@njit(fastmath=set(FAST))
+def _fetch(frame: Any, u: Any, gate: Any, v: Any, n: int, size: int, tier: int) -> None:
+    """Have read ahead what a token reads of an expert; `size`: bytes of a number of the experts."""
     padded, d_model = frame[PADDED], frame[D_MODEL]
-    groups, again = padded // frame[GROUP], frame[INPUTS] < d_model
-    code, step = bytes_(frame[CODE]), floats(frame[STEP])
-    for b in range(min(BLOCK, frame[EXPERTS] - k * BLOCK)):
-        n = k * BLOCK + b
-        if tier[b] == 1:
-            fetch(after(code, n * 2 * padded + padded), padded // 2)
-            fetch(after(step, (n * 4 + 2) * groups), 4 * groups)
-        elif tier[b] == 2:
-            fetch(after(code, n * 2 * padded), 2 * padded)
-            fetch(after(step, n * 4 * groups), 16 * groups)
-            if again:
-                fetch(after(bytes_(frame[KEY_N]), n * padded), padded)
-                fetch(after(floats(frame[KEY_STEP_N]), n * 2 * groups), 8 * groups)
-        elif tier[b] == 3:
-            fetch(after(gate, n * d_model), size * d_model)
-            fetch(after(u, n * d_model), size * d_model)
-            fetch(after(v, n * d_model), size * d_model)
+    groups, code, step = padded // frame[GROUP], bytes_(frame[CODE]), floats(frame[STEP])
+    if tier == 1:
+        fetch(after(code, n * 2 * padded + padded), padded // 2)
+        fetch(after(step, (n * 4 + 2) * groups), 4 * groups)
+    elif tier == 2:
+        fetch(after(code, n * 2 * padded), 2 * padded)
+        fetch(after(step, n * 4 * groups), 16 * groups)
+        if frame[INPUTS] < d_model:
+            fetch(after(bytes_(frame[KEY_N]), n * padded), padded)
+            fetch(after(floats(frame[KEY_STEP_N]), n * 2 * groups), 8 * groups)
+    elif tier == 3:
+        fetch(after(gate, n * d_model), size * d_model)
+        fetch(after(u, n * d_model), size * d_model)
+        fetch(after(v, n * d_model), size * d_model)
 
 
 @njit(fastmath=set(FAST), error_model="numpy")
 def _read(
-    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, scaled: Any, totals: Any, z: Any, a: Any, tier: Any, y: Any,
-    shift: Any, source: Any, weights: Any,
+    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, whole: Any, z: Any, a: Any, tier: Any, y: Any, shift: Any,
+    source: Any, weights: Any, then: int, tier_then: Any, size: int,
 ) -> None:  # fmt: skip
     """Add to `y` what a token reads of a block, less the middle of codes, whose weights go into `shift` (g,).
 
     Args:
-        x, scaled, totals: inputs (d,), those that meet codes, and the sums of their groups.
+        x: inputs (d,); `whole`: those that meet codes, see `_whole`.
         z, a, tier: as of `decide`.
         source, weights: room for output vectors to be added, (e,) and (e, g).
+        then, tier_then: the block that is read next, and how; one of its experts is read ahead for each of this one's,
+            since memory takes so many requests at once and no more. `size`: see `_fetch`.
     """
     d_model, padded, group, experts = frame[D_MODEL], frame[PADDED], frame[GROUP], frame[EXPERTS]
     groups, kind, bias, stride = padded // group, frame[KIND], floats(frame[BIAS]), frame[BLOCKS] * BLOCK
     code, step, found = bytes_(frame[CODE]), floats(frame[STEP]), 0
+    x_d, rest_d, size_g2, middle_g = whole
     for b in range(min(BLOCK, experts - k * BLOCK)):
         read, n = tier[b], k * BLOCK + b
+        if then >= 0 and then * BLOCK + b < experts:
+            _fetch(frame, u, gate, v, then * BLOCK + b, size, tier_then[b])
         if read == 0:
             continue
         if read == 3:
@@ -139,12 +197,14 @@ def _read(
             z_gate, z_u = z[b], z[BLOCK + b]
             if frame[INPUTS] < d_model:
                 key, key_step = after(bytes_(frame[KEY_N]), n * padded), floats(frame[KEY_STEP_N])
-                z_gate, z_u = dots(key, after(key_step, n * 2 * groups), scaled, totals, groups, group)
+                key_step = after(key_step, n * 2 * groups)
+                z_gate, z_u = dots(key, key_step, x_d, rest_d, size_g2, middle_g, groups, group, u)
                 z_gate += bias[n]
                 z_u += bias[stride + n]
             more_gate, more_u = dots(
-                after(code, n * 2 * padded), after(step, n * 4 * groups), scaled, totals, groups, group
-            )
+                after(code, n * 2 * padded), after(step, n * 4 * groups), x_d, rest_d, size_g2, middle_g, groups,
+                group, u,
+            )  # fmt: skip
             activation = activated(z_gate + more_gate, kind) * (z_u + more_u)
         for copy in range(read):  # the coarse copy of the output vector, and what the fine one adds to it
             source[found] = address(after(code, n * 2 * padded + padded + copy * padded // 2))
@@ -173,10 +233,14 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     stat, bias, price = floats(frame[STAT]), floats(frame[BIAS]), floats(frame[PRICE])
     scale_d, reach_d = carray(floats(frame[SCALE]), d_model), carray(floats(frame[REACH]), d_model)
     key, key_step = bytes_(frame[KEY]), floats(frame[KEY_STEP])
-    bits_d, read_td = np.empty(d_model, np.int32), np.empty((tokens, d_model), np.int64)
-    start_tg, omitted_t = np.empty((tokens, groups + 1), np.int64), np.empty(tokens, np.float32)
-    scaled_td, total_tg = np.zeros((tokens, padded), np.float32), np.zeros((tokens, groups), np.float32)
-    shift_tg = np.zeros((tokens, groups), np.float32)
+    bits_d, read_d, scaled_d = np.empty(d_model, np.int32), np.empty(d_model, np.int64), np.zeros(padded, np.float32)
+    whole_td, rest_td = np.zeros((tokens, padded), np.int16), np.zeros((tokens, padded), np.int16)
+    size_tg2, middle_tg = np.empty((tokens, groups, 2), np.float32), np.empty((tokens, groups), np.float32)
+    # What is read, in pairs; see `_pairs`.
+    pairs = (d_model + groups + 1) // 2
+    row_tp2, number_tp2 = np.empty((tokens, pairs, 2), np.int32), np.empty((tokens, pairs, 2), np.int32)
+    start_tg, read_middle_tg = np.empty((tokens, groups + 1), np.int64), np.empty((tokens, groups), np.float32)
+    omitted_t, shift_tg = np.empty(tokens, np.float32), np.zeros((tokens, groups), np.float32)
     # Of this block, and of the one before.
     z_2b, a_2b, tier_2b = (
         np.empty(4 * BLOCK, np.float32),
@@ -186,15 +250,12 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     node_3b = np.empty(3 * BLOCK, np.float32)
     source_e, weight_eg = np.empty(2 * BLOCK + TOGETHER, np.int64), np.empty((2 * BLOCK + TOGETHER, groups), np.float32)
     for t in range(tokens):
-        count, omitted_t[t] = _largest(x_td, t, reach_d, inputs, bits_d, read_td)
-        j = 0
-        for g in range(groups + 1):
-            while j < count and read_td[t, j] < g * group:
-                j += 1
-            start_tg[t, g] = j
         for d in range(d_model):
-            scaled_td[t, d] = x_td[t, d] / scale_d[d]
-            total_tg[t, d // group] += scaled_td[t, d]
+            scaled_d[d] = x_td[t, d] / scale_d[d]
+        _whole(scaled_d, group, whole_td[t], rest_td[t], size_tg2[t], middle_tg[t])
+        count, omitted_t[t] = _largest(x_td, t, reach_d, inputs, bits_d, read_d)
+        out = row_tp2[t], number_tp2[t], start_tg[t], read_middle_tg[t]
+        _pairs(read_d, count, group, scaled_d, whole_td[t], rest_td[t], out)
     chunk, k, t, end, slot = 0, 0, 0, 0, 0
     chunk_before, k_before, t_before = -1, -1, -1
     while True:
@@ -206,26 +267,32 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
         if chunk < chunks:
             z, tier = at(z_2b, 2 * BLOCK * slot), at(tier_2b, BLOCK * slot)
             key_products(
-                after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(scaled_td, t * padded),
-                at(read_td, t * d_model), at(start_tg, t * (groups + 1)), groups, z,
+                after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(row_tp2, t * pairs * 2),
+                at(number_tp2, t * pairs * 2), at(start_tg, t * (groups + 1)), at(size_tg2, t * groups * 2),
+                at(read_middle_tg, t * groups), groups, z, u,
             )  # fmt: skip
             decide(
                 z, after(z, BLOCK), after(stat, k * BLOCK), after(bias, k * BLOCK), stride, omitted_t[t], price, kind,
                 at(node_3b, 0), at(a_2b, BLOCK * slot), tier,
             )  # fmt: skip
-            _fetch(frame, u, gate, v, k, size, tier)
         slot = 1 - slot
         if k_before >= 0:
             _read(
-                frame, u, gate, v, k_before, at(x_td, t_before * d_model), at(scaled_td, t_before * padded),
-                at(total_tg, t_before * groups), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
+                frame, u, gate, v, k_before, at(x_td, t_before * d_model),
+                (
+                    at(whole_td, t_before * padded), at(rest_td, t_before * padded),
+                    at(size_tg2, t_before * groups * 2), at(middle_tg, t_before * groups),
+                ), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
                 at(tier_2b, BLOCK * slot), at(parts_ctd, (chunk_before * tokens + t_before) * padded),
                 at(shift_tg, t_before * groups), at(source_e, 0), at(weight_eg, 0),
+                k if chunk < chunks else -1, at(tier_2b, BLOCK * (1 - slot)), size,
             )  # fmt: skip
             if chunk != chunk_before:  # it was the last of its chunk
                 for j in range(tokens):
-                    for d in range(padded):
-                        parts_ctd[chunk_before, j, d] -= np.float32(MIDDLE) * shift_tg[j, d // group]
+                    for g in range(groups):
+                        middle = np.float32(MIDDLE) * shift_tg[j, g]
+                        for d in range(g * group, (g + 1) * group):
+                            parts_ctd[chunk_before, j, d] -= middle
                 shift_tg[:] = np.float32(0.0)
                 if take(after(frame, DONE)) + 1 == chunks:
                     _add_up(frame)
@@ -244,10 +311,10 @@ def _add_up(frame: Any) -> None:
     y, parts = floats(frame[Y]), floats(frame[PARTS])
     for t in range(tokens):
         for d in range(d_model):
-            total = np.float32(0.0)
-            for c in range(chunks):
-                total += parts[(c * tokens + t) * padded + d]
-            y[t * d_model + d] = total
+            y[t * d_model + d] = parts[t * padded + d]
+        for c in range(1, chunks):
+            for d in range(d_model):
+                y[t * d_model + d] += parts[(c * tokens + t) * padded + d]
 
 
 def _float32(frame: Any) -> None:
