@@ -45,6 +45,7 @@ CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do 
     CHUNKS,
     NEXT,  # the first chunk that no thread has taken
     DONE,  # how many chunks are done
+    THREADS,
     TOKENS,
     INPUTS,  # how many of them meet the keys
     PRICE,  # (3,): the price, and the costs of a coarse and of a fine copy
@@ -68,7 +69,7 @@ CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do 
     GATE,
     V,
     FIELDS,
-) = range(29)
+) = range(30)
 Frame = ctypes.c_int64 * FIELDS
 
 
@@ -212,6 +213,7 @@ def few_tokens(packed: Packed, x_td: torch.Tensor, budget: Any) -> torch.Tensor:
     x, y_td = x_td if whole else x_td.float(), torch.empty_like(x_td, dtype=torch.float32)
     parts = torch.empty(len(x_td) * packed.parts)
     frame = packed.frame(budget, len(x_td))
+    frame[THREADS] = torch.get_num_threads()
     frame[X], frame[Y], frame[PARTS] = x.data_ptr(), y_td.data_ptr(), parts.data_ptr()
     work = _work(x_td.dtype)
     assert work is not None

@@ -41,6 +41,7 @@ from .peer_cpu import (
     SCALE,
     STAT,
     STEP,
+    THREADS,
     TOKENS,
     U,
     V,
@@ -48,7 +49,6 @@ from .peer_cpu import (
     Y,
 )
 from .peer_cpu_vectors import (
-    LARGEST,
     MIDDLE,
     TOGETHER,
     add_codes,
@@ -57,90 +57,13 @@ from .peer_cpu_vectors import (
     full_dots,
     key_products,
 )
+from .peer_inputs_kernel import largest_inputs, pair_inputs, whole_numbers
 from .peer_vectors import FAST, address, after, at, bytes_, fetch, floats, halves, take, words
 
 try:  # see peer_vectors.py
     from numba import carray, cfunc, njit, types
 except ImportError:
     raise
-
-
-@njit(fastmath=set(FAST))
-def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_d: Any) -> tuple[int, Any]:
-    """Put the inputs of a token that matter most into read_d, in order: how many, and the others' squared norm."""
-    inputs, omitted, found = len(reach_d), np.float32(0.0), 0
-    level = np.int32(0)
-    if count < inputs:
-        for d in range(inputs):
-            bits_d[d] = np.float32(abs(x_td[t, d]) * reach_d[d]).view(np.int32)  # in the order of the numbers
-        for bit in range(30, -1, -1):  # the largest level that so many reach
-            higher, reached = np.int32(level | (1 << bit)), np.int32(0)
-            for d in range(inputs):
-                reached += np.int32(bits_d[d] >= higher)
-            if reached >= count:
-                level = higher
-    for d in range(inputs):
-        if count == inputs or bits_d[d] >= level:
-            read_d[found] = d
-            found += 1
-        else:
-            omitted += x_td[t, d] * x_td[t, d]
-    return found, omitted
-
-
-@njit(fastmath=set(FAST), error_model="numpy")
-def _whole(scaled_d: Any, group: int, x_d: Any, rest_d: Any, size_g2: Any, middle_g: Any) -> None:
-    """Inputs as multiples of a step of their group, in 16 bits, and what is left over as multiples of a smaller one.
-
-    An input that is no number makes its group's steps none, which make the products none.
-    """
-    for g in range(len(size_g2)):
-        largest, total = np.float32(0.0), np.float32(0.0)
-        for d in range(g * group, (g + 1) * group):
-            largest = max(largest, abs(scaled_d[d]))
-            total += scaled_d[d]
-        size = max(largest, np.float32(1e-30)) / np.float32(LARGEST)
-        per, lower = np.float32(1.0) / size, size / np.float32(2 * LARGEST)
-        per_lower = np.float32(2 * LARGEST)
-        for d in range(g * group, (g + 1) * group):
-            ratio = scaled_d[d] * per
-            whole = np.rint(ratio)
-            if not abs(whole) <= np.float32(LARGEST):  # it is no number
-                ratio = whole = np.float32(0.0)
-            x_d[d], rest_d[d] = np.int16(whole), np.int16(np.rint((ratio - whole) * per_lower))
-        nothing = total - total  # unless one is no number
-        size_g2[g, 0], size_g2[g, 1] = size + nothing, lower + nothing
-        middle_g[g] = np.float32(-MIDDLE) * total
-
-
-@njit(fastmath=set(FAST))
-def _pairs(read_d: Any, count: int, group: int, scaled_d: Any, x_d: Any, rest_d: Any, out: Any) -> None:
-    """Put inputs that are read together by two of a group; what `key_products` takes.
-
-    Args:
-        read_d, count: inputs in order, and how many.
-        out: rows (p, 2), numbers (p, 2), start (g + 1,), middle (g,), to be written.
-    """
-    row_p2, number_p2, start_g, middle_g = out
-    j, p = 0, 0
-    for g in range(len(middle_g)):
-        start_g[g] = p
-        total = np.float32(0.0)
-        while j < count and read_d[j] < (g + 1) * group:
-            d = read_d[j]
-            alone = j + 1 == count or read_d[j + 1] >= (g + 1) * group
-            other = d if alone else read_d[j + 1]
-            row_p2[p, 0], row_p2[p, 1] = d, other
-            total += scaled_d[d]
-            if alone:
-                number_p2[p, 0], number_p2[p, 1] = np.int32(x_d[d]) & 0xFFFF, np.int32(rest_d[d]) & 0xFFFF
-            else:
-                total += scaled_d[other]
-                number_p2[p, 0] = np.int32(x_d[d]) & 0xFFFF | np.int32(x_d[other]) << 16
-                number_p2[p, 1] = np.int32(rest_d[d]) & 0xFFFF | np.int32(rest_d[other]) << 16
-            j, p = j + (1 if alone else 2), p + 1
-        middle_g[g] = np.float32(-MIDDLE) * total
-    start_g[len(middle_g)] = p
 
 
 @njit(fastmath=set(FAST))
@@ -163,26 +86,38 @@ def _fetch(frame: Any, u: Any, gate: Any, v: Any, n: int, size: int, tier: int) 
         fetch(after(v, n * d_model), size * d_model)
 
 
+@njit(fastmath=set(FAST))
+def _fetch_keys(frame: Any, k: int, part: int, rows: Any, pairs: int) -> None:
+    """Have one of BLOCK parts of the keys of a block read ahead, for the inputs in `rows` (pairs, 2)."""
+    key = after(bytes_(frame[KEY]), k * frame[PADDED] * BLOCK)
+    for j in range(part * pairs // BLOCK, (part + 1) * pairs // BLOCK):
+        fetch(after(key, rows[2 * j] * BLOCK), 1)  # a line of memory
+        fetch(after(key, rows[2 * j + 1] * BLOCK), 1)
+
+
 @njit(fastmath=set(FAST), error_model="numpy")
 def _read(
     frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, whole: Any, z: Any, a: Any, tier: Any, y: Any, shift: Any,
-    source: Any, weights: Any, then: int, tier_then: Any, size: int,
+    source: Any, weights: Any, then: int, tier_then: Any, size: int, then_keys: int, rows: Any, pairs: int,
 ) -> None:  # fmt: skip
     """Add to `y` what a token reads of a block, less the middle of codes, whose weights go into `shift` (g,).
 
     Args:
-        x: inputs (d,); `whole`: those that meet codes, see `_whole`.
+        x: inputs (d,); `whole`: those that meet codes, see `whole_numbers`.
         z, a, tier: as of `decide`.
         source, weights: room for output vectors to be added, (e,) and (e, g).
-        then, tier_then: the block that is read next, and how; one of its experts is read ahead for each of this one's,
-            since memory takes so many requests at once and no more. `size`: see `_fetch`.
+        then, tier_then: the block that is read next, and how, or -1. Its experts are read ahead, one for each of this
+            block's, since memory takes so many requests at once and no more. `size`: see `_fetch`.
+        then_keys, rows, pairs: likewise the block whose keys come next; see `_fetch_keys`.
     """
     d_model, padded, group, experts = frame[D_MODEL], frame[PADDED], frame[GROUP], frame[EXPERTS]
     groups, kind, bias, stride = padded // group, frame[KIND], floats(frame[BIAS]), frame[BLOCKS] * BLOCK
     code, step, found = bytes_(frame[CODE]), floats(frame[STEP]), 0
-    x_d, rest_d, size_g2, middle_g = whole
+    x_d, rest_d, step_g2, middle_g = whole
     for b in range(min(BLOCK, experts - k * BLOCK)):
         read, n = tier[b], k * BLOCK + b
+        if then_keys >= 0:
+            _fetch_keys(frame, then_keys, b, rows, pairs)
         if then >= 0 and then * BLOCK + b < experts:
             _fetch(frame, u, gate, v, then * BLOCK + b, size, tier_then[b])
         if read == 0:
@@ -198,11 +133,11 @@ def _read(
             if frame[INPUTS] < d_model:
                 key, key_step = after(bytes_(frame[KEY_N]), n * padded), floats(frame[KEY_STEP_N])
                 key_step = after(key_step, n * 2 * groups)
-                z_gate, z_u = dots(key, key_step, x_d, rest_d, size_g2, middle_g, groups, group, u)
+                z_gate, z_u = dots(key, key_step, x_d, rest_d, step_g2, middle_g, groups, group, u)
                 z_gate += bias[n]
                 z_u += bias[stride + n]
             more_gate, more_u = dots(
-                after(code, n * 2 * padded), after(step, n * 4 * groups), x_d, rest_d, size_g2, middle_g, groups,
+                after(code, n * 2 * padded), after(step, n * 4 * groups), x_d, rest_d, step_g2, middle_g, groups,
                 group, u,
             )  # fmt: skip
             activation = activated(z_gate + more_gate, kind) * (z_u + more_u)
@@ -235,8 +170,8 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     key, key_step = bytes_(frame[KEY]), floats(frame[KEY_STEP])
     bits_d, read_d, scaled_d = np.empty(d_model, np.int32), np.empty(d_model, np.int64), np.zeros(padded, np.float32)
     whole_td, rest_td = np.zeros((tokens, padded), np.int16), np.zeros((tokens, padded), np.int16)
-    size_tg2, middle_tg = np.empty((tokens, groups, 2), np.float32), np.empty((tokens, groups), np.float32)
-    # What is read, in pairs; see `_pairs`.
+    step_tg2, middle_tg = np.empty((tokens, groups, 2), np.float32), np.empty((tokens, groups), np.float32)
+    # What is read, in pairs; see `pair_inputs`.
     pairs = (d_model + groups + 1) // 2
     row_tp2, number_tp2 = np.empty((tokens, pairs, 2), np.int32), np.empty((tokens, pairs, 2), np.int32)
     start_tg, read_middle_tg = np.empty((tokens, groups + 1), np.int64), np.empty((tokens, groups), np.float32)
@@ -250,12 +185,15 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     node_3b = np.empty(3 * BLOCK, np.float32)
     source_e, weight_eg = np.empty(2 * BLOCK + TOGETHER, np.int64), np.empty((2 * BLOCK + TOGETHER, groups), np.float32)
     for t in range(tokens):
-        for d in range(d_model):
-            scaled_d[d] = x_td[t, d] / scale_d[d]
-        _whole(scaled_d, group, whole_td[t], rest_td[t], size_tg2[t], middle_tg[t])
-        count, omitted_t[t] = _largest(x_td, t, reach_d, inputs, bits_d, read_d)
+        for g in range(groups):
+            whole_numbers(
+                at(x_td, t * d_model), at(scale_d, 0), g * group, min(d_model, (g + 1) * group), at(scaled_d, 0),
+                at(whole_td, t * padded), at(rest_td, t * padded), at(step_tg2, (t * groups + g) * 2),
+                at(middle_tg, t * groups + g),
+            )  # fmt: skip
+        count, omitted_t[t] = largest_inputs(x_td, t, reach_d, inputs, bits_d, read_d)
         out = row_tp2[t], number_tp2[t], start_tg[t], read_middle_tg[t]
-        _pairs(read_d, count, group, scaled_d, whole_td[t], rest_td[t], out)
+        pair_inputs(read_d, count, group, scaled_d, whole_td[t], rest_td[t], out)
     chunk, k, t, end, slot = 0, 0, 0, 0, 0
     chunk_before, k_before, t_before = -1, -1, -1
     while True:
@@ -268,7 +206,7 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
             z, tier = at(z_2b, 2 * BLOCK * slot), at(tier_2b, BLOCK * slot)
             key_products(
                 after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(row_tp2, t * pairs * 2),
-                at(number_tp2, t * pairs * 2), at(start_tg, t * (groups + 1)), at(size_tg2, t * groups * 2),
+                at(number_tp2, t * pairs * 2), at(start_tg, t * (groups + 1)), at(step_tg2, t * groups * 2),
                 at(read_middle_tg, t * groups), groups, z, u,
             )  # fmt: skip
             decide(
@@ -276,16 +214,20 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
                 at(node_3b, 0), at(a_2b, BLOCK * slot), tier,
             )  # fmt: skip
         slot = 1 - slot
+        # The block after this one: that of the chunk, or of the chunk that is likely to be this thread's next.
+        coming = k + 1 if k + 1 < end else (chunk + frame[THREADS]) * blocks_each
+        coming = coming if coming < blocks else -1
         if k_before >= 0:
             _read(
                 frame, u, gate, v, k_before, at(x_td, t_before * d_model),
                 (
                     at(whole_td, t_before * padded), at(rest_td, t_before * padded),
-                    at(size_tg2, t_before * groups * 2), at(middle_tg, t_before * groups),
+                    at(step_tg2, t_before * groups * 2), at(middle_tg, t_before * groups),
                 ), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
                 at(tier_2b, BLOCK * slot), at(parts_ctd, (chunk_before * tokens + t_before) * padded),
                 at(shift_tg, t_before * groups), at(source_e, 0), at(weight_eg, 0),
                 k if chunk < chunks else -1, at(tier_2b, BLOCK * (1 - slot)), size,
+                coming if t == tokens - 1 else -1, at(row_tp2, t * pairs * 2), start_tg[t, groups],
             )  # fmt: skip
             if chunk != chunk_before:  # it was the last of its chunk
                 for j in range(tokens):

@@ -42,7 +42,6 @@ from .peer_vectors import (
 
 TOGETHER = 4  # output vectors that are added in one pass over the sum
 MIDDLE = 7.5  # of 16 codes
-LARGEST = 32767  # of whole numbers of 16 bits
 
 
 def _halves(b: Any, codes: Any) -> tuple[Any, Any]:

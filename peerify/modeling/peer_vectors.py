@@ -75,6 +75,10 @@ def _call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
 
 
+def maximum_of(b: Any, vector: Any) -> Any:
+    return _call(b, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, vector)
+
+
 def sum_of(b: Any, vector: Any) -> Any:
     kind = ir.FunctionType(F32, [F32, VECTOR])
     add = cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
@@ -104,8 +108,9 @@ def widened(b: Any, kind: Any, pointer: Any, place: Any) -> Any:
     return b.bitcast(b.shl(b.zext(bits, WHOLE), ir.Constant(WHOLE, [16] * LANES)), VECTOR)
 
 
-def along(b: Any, start: int, end: Any) -> Any:
-    return cgutils.for_range_slice(b, ir.Constant(I64, start), end, ir.Constant(I64, LANES), I64)
+def along(b: Any, start: Any, end: Any) -> Any:
+    start = ir.Constant(I64, start) if isinstance(start, int) else start
+    return cgutils.for_range_slice(b, start, end, ir.Constant(I64, LANES), I64)
 
 
 @intrinsic

@@ -351,3 +351,38 @@ def test_generation_uses_it(converted: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(peer_elastic_pool, "few_tokens", lambda *args: calls.append(len(args[1])) or real(*args))
     converted.generate(torch.arange(5, 25)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert calls == [1] * (3 * 3), "three layers, three tokens after the one that the prompt gives"
+
+
+@pytest.mark.parametrize("has", ["+avx512bw", "+avx2", ""])
+def test_products_of_pairs_with_every_instruction(has: str, seed: int) -> None:
+    """Also with those of processors that this one can stand for."""
+    numba, numpy = pytest.importorskip("numba"), pytest.importorskip("numpy")
+    from llvmlite import ir
+    from numba.extending import intrinsic
+
+    from peerify.modeling import peer_vectors
+
+    if has not in peer_vectors.instructions():
+        pytest.skip(f"this processor has no {has[1:]}")
+
+    @intrinsic
+    def products(_: Any, x: Any, y: Any, z: Any) -> Any:
+        def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+            *factors, z = values
+            zero = ir.Constant(peer_vectors.I64, 0)
+            x, y = (peer_vectors.load(b, factor, zero, peer_vectors.PAIRS) for factor in factors)
+            found = peer_vectors.products_of_pairs(b, x, y, has)
+            b.store(found, b.bitcast(z, ir.PointerType(found.type)), align=1)
+
+        return numba.types.void(x, y, z), build
+
+    @numba.njit
+    def run(x: Any, y: Any, z: Any) -> None:
+        products(peer_vectors.at(x, 0), peer_vectors.at(y, 0), peer_vectors.at(z, 0))
+
+    random = numpy.random.default_rng(seed)
+    x, y = (random.integers(-32767, 32768, 32).astype(numpy.int16) for _ in range(2))
+    z = numpy.empty(16, numpy.int32)
+    run(x, y, z)
+    expected = (x.astype(numpy.int64) * y).reshape(16, 2).sum(1)
+    assert (z == expected.astype(numpy.int32)).all()
