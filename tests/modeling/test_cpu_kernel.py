@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_elastic_pool, peer_kernels
+from peerify.modeling import peer_cpu, peer_elastic_pool, peer_faster, peer_kernels
 from peerify.modules import peer_layers
 
 pytestmark = pytest.mark.skipif(peer_cpu.obstacle() is not None, reason=str(peer_cpu.obstacle()))
@@ -214,7 +214,8 @@ def test_it_is_chosen_where_it_is_faster(seed: int, monkeypatch: pytest.MonkeyPa
     at_budget, dense = plain(layer, x), layer.pool(x, None)
     assert error(at_budget, dense) > 1e-4
     layer.prefill_all = True
-    monkeypatch.setitem(peer_cpu.FASTER, torch.float32, ((2, 0.6),))
+    table = peer_faster.Limits(budget={torch.float32: ((2, 0.6),)}, full={})
+    monkeypatch.setattr(peer_faster, "limits", lambda: table)
     assert error(layer(x), dense) <= 1e-6
     assert error(layer(x[:2]), at_budget[:2]) <= 1e-5
     layer.budget = layer.budget._replace(bytes=0.7)
