@@ -3,7 +3,8 @@
     python benchmarks/speed/few_tokens.py CONVERTED [--dtype float32,bfloat16,float16] [--tokens 1,2,4,6,8]
 
 For each number type and count of tokens: milliseconds of all dense layers, by PyTorch's products, and how many times as
-fast all experts in full are by the kernel, and budgets by theirs. `peer_cpu.FASTER` and `peer_full.FEW` come from here.
+fast all experts are by its products, in full by the kernel, and budgets by theirs. The table in peer_faster.py comes
+from here.
 Inputs are random, of the sizes that calibration found, so budgets spend somewhat more or less than on text. Of each
 measurement the lower quartile is taken, all of them in turn.
 """
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 
 from peerify.checkpoint.load import load_for_eval
 from peerify.modeling.peer_elastic import ElasticPEER
+from peerify.modeling.peer_full import in_full
+from peerify.modeling.peer_products import combined
 from peerify.modules import peer_layers
 
 
@@ -35,7 +38,7 @@ def quartiles(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
 
 
 def measure(layers: list[ElasticPEER], tokens: int, shares: list[float], rounds: int) -> dict[str, float]:
-    """Milliseconds of all layers: "dense", "full", and of each share."""
+    """Milliseconds of all layers: "dense", all experts by "products" and "full" by the kernel, and of each share."""
     pools: list[Any] = [layer.pool for layer in layers]
     dtype = pools[0].u.dtype
     inputs = [(torch.randn(tokens, len(pool.input_rms)) * pool.input_rms).to(dtype) for pool in pools]
@@ -56,7 +59,15 @@ def measure(layers: list[ElasticPEER], tokens: int, shares: list[float], rounds:
 
         return run
 
-    runs: dict[str, Callable[[], object]] = {"dense": dense, "full": at(1)}
+    def full() -> None:
+        for x, pool in zip(inputs, pools, strict=True):
+            in_full(pool, x)
+
+    def products() -> None:
+        for x, pool in zip(inputs, pools, strict=True):
+            combined(pool.products(x)[2], pool.v)
+
+    runs: dict[str, Callable[[], object]] = {"dense": dense, "products": products, "full": full}
     return quartiles(runs | {f"{share:g}": at(share) for share in shares}, rounds)
 
 
@@ -71,7 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     shares = [float(share) for share in options.active.split(",")]
-    print(f"{'':>10}{'tokens':>8}{'dense ms':>10}{'in full':>9}", *(f"{100 * share:>6g} %" for share in shares))
+    print(
+        f"{'':>10}{'tokens':>8}{'dense ms':>10}{'products':>10}{'in full':>9}",
+        *(f"{100 * share:>7g} %" for share in shares),
+    )
     for name in options.dtype.split(","):
         model = load_for_eval(options.converted).model.to(getattr(torch, name)).eval()
         layers: Any = [*peer_layers(model).values()]
@@ -79,7 +93,7 @@ def main() -> None:
             with torch.inference_mode():
                 found = measure(layers, tokens, shares, options.rounds)
             dense = found.pop("dense")
-            ratios = " ".join(f"{dense / each:>7.2f}×" for each in found.values())
+            ratios = " ".join(f"{dense / each:>8.2f}×" for each in found.values())
             print(f"{name:>10}{tokens:>8}{dense:>10.1f} {ratios}", flush=True)
 
 

@@ -26,7 +26,7 @@ from .peer_layer import PEER
 from .peer_memory import shared_pools
 
 # The files that travel beside the weights: this one, and what it imports. On one line, which peerify reads.
-FILES = ("modeling_peer.py", "peer_choice_kernel.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_evaluation.py", "peer_experts.py", "peer_full.py", "peer_full_kernel.py", "peer_gathered.py", "peer_gathered_gpu.py", "peer_gathered_gpu_kernel.py", "peer_gathered_kernel.py", "peer_gpu.py", "peer_gpu_kernel.py", "peer_install.py", "peer_kernels.py", "peer_keys.py", "peer_lanes.py", "peer_layer.py", "peer_many.py", "peer_many_kernel.py", "peer_memory.py", "peer_products.py", "peer_rounding_kernel.py", "peer_selection.py", "peer_topk.py", "peer_topk_kernel.py", "peer_triton.py", "peer_vectors.py")  # fmt: skip  # noqa: E501
+FILES = ("modeling_peer.py", "peer_choice_kernel.py", "peer_copies.py", "peer_cpu.py", "peer_cpu_kernel.py", "peer_cpu_vectors.py", "peer_elastic.py", "peer_elastic_pool.py", "peer_evaluation.py", "peer_experts.py", "peer_faster.py", "peer_full.py", "peer_full_kernel.py", "peer_gathered.py", "peer_gathered_gpu.py", "peer_gathered_gpu_kernel.py", "peer_gathered_kernel.py", "peer_gpu.py", "peer_gpu_kernel.py", "peer_inputs_kernel.py", "peer_install.py", "peer_kernels.py", "peer_keys.py", "peer_lanes.py", "peer_layer.py", "peer_many.py", "peer_many_kernel.py", "peer_memory.py", "peer_products.py", "peer_rounding_kernel.py", "peer_selection.py", "peer_topk.py", "peer_topk_kernel.py", "peer_triton.py", "peer_vectors.py")  # fmt: skip  # noqa: E501
 PREFILL = ("all", "budget")
 __all__ = ["FORMAT", "PeerModelMixin", "adopt", "make_layer", "register"]
 

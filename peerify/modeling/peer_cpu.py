@@ -22,17 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from .peer_copies import Rounded, make_codes, make_copies
+from .peer_faster import DTYPES
 from .peer_kernels import kernel, obstacle, run
 from .peer_many import ACTIVATIONS, BLOCK
 
-# The largest share of the dense layer's bytes at which the kernel takes less time than all experts in full
-# (peer_full.py), by number type, for up to so many tokens at once. Measured by
-# benchmarks/speed/few_tokens.py on two cores with AVX-512: with more cores for the same memory, it would pay at more.
-FASTER = {
-    torch.float32: ((1, 0.6), (2, 0.25), (4, 0.15)),
-    torch.bfloat16: ((1, 0.25),),
-    torch.float16: ((1, 0.15),),
-}
 FEW = 8  # tokens, the most that the kernel is used for
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads
 
@@ -45,6 +38,7 @@ CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do 
     CHUNKS,
     NEXT,  # the first chunk that no thread has taken
     DONE,  # how many chunks are done
+    THREADS,
     TOKENS,
     INPUTS,  # how many of them meet the keys
     PRICE,  # (3,): the price, and the costs of a coarse and of a fine copy
@@ -68,7 +62,7 @@ CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do 
     GATE,
     V,
     FIELDS,
-) = range(29)
+) = range(30)
 Frame = ctypes.c_int64 * FIELDS
 
 
@@ -131,7 +125,7 @@ def usable(pool: Any, x_td: torch.Tensor) -> bool:
         and type(x_td) is torch.Tensor  # no tensor of a tracer
         and x_td.is_cpu
         and x_td.dtype == u_nd.dtype
-        and x_td.dtype in FASTER
+        and x_td.dtype in DTYPES
         and not (torch.is_grad_enabled() and (x_td.requires_grad or u_nd.requires_grad))
         and pool.misfit is None
         # Tables that change unseen, or come and go, would be packed for every token.
@@ -143,11 +137,6 @@ def usable(pool: Any, x_td: torch.Tensor) -> bool:
         and obstacle() is None
         and _work(x_td.dtype) is not None
     )
-
-
-def faster(x_td: torch.Tensor, share: float) -> bool:
-    """Whether the kernel takes less time for these tokens at that share of the bytes than all experts in full."""
-    return any(len(x_td) <= few and share <= most for few, most in FASTER.get(x_td.dtype, ()))
 
 
 # --- Packing ------------------------------------------------------------------------------------------------------
@@ -212,6 +201,7 @@ def few_tokens(packed: Packed, x_td: torch.Tensor, budget: Any) -> torch.Tensor:
     x, y_td = x_td if whole else x_td.float(), torch.empty_like(x_td, dtype=torch.float32)
     parts = torch.empty(len(x_td) * packed.parts)
     frame = packed.frame(budget, len(x_td))
+    frame[THREADS] = torch.get_num_threads()
     frame[X], frame[Y], frame[PARTS] = x.data_ptr(), y_td.data_ptr(), parts.data_ptr()
     work = _work(x_td.dtype)
     assert work is not None

@@ -41,6 +41,7 @@ from .peer_cpu import (
     SCALE,
     STAT,
     STEP,
+    THREADS,
     TOKENS,
     U,
     V,
@@ -56,6 +57,7 @@ from .peer_cpu_vectors import (
     full_dots,
     key_products,
 )
+from .peer_inputs_kernel import largest_inputs, pair_inputs, whole_numbers
 from .peer_vectors import FAST, address, after, at, bytes_, fetch, floats, halves, take, words
 
 try:  # see peer_vectors.py
@@ -65,68 +67,59 @@ except ImportError:
 
 
 @njit(fastmath=set(FAST))
-def _largest(x_td: Any, t: int, reach_d: Any, count: int, bits_d: Any, read_td: Any) -> tuple[int, Any]:
-    """Put the inputs of a token that matter most into read_td, in order: how many, and the others' squared norm."""
-    inputs, omitted, found = len(reach_d), np.float32(0.0), 0
-    level = np.int32(0)
-    if count < inputs:
-        for d in range(inputs):
-            bits_d[d] = np.float32(abs(x_td[t, d]) * reach_d[d]).view(np.int32)  # in the order of the numbers
-        for bit in range(30, -1, -1):  # the largest level that so many reach
-            higher, reached = np.int32(level | (1 << bit)), np.int32(0)
-            for d in range(inputs):
-                reached += np.int32(bits_d[d] >= higher)
-            if reached >= count:
-                level = higher
-    for d in range(inputs):
-        if count == inputs or bits_d[d] >= level:
-            read_td[t, found] = d
-            found += 1
-        else:
-            omitted += x_td[t, d] * x_td[t, d]
-    return found, omitted
+def _fetch(frame: Any, u: Any, gate: Any, v: Any, n: int, size: int, tier: int) -> None:
+    """Have read ahead what a token reads of an expert; `size`: bytes of a number of the experts."""
+    padded, d_model = frame[PADDED], frame[D_MODEL]
+    groups, code, step = padded // frame[GROUP], bytes_(frame[CODE]), floats(frame[STEP])
+    if tier == 1:
+        fetch(after(code, n * 2 * padded + padded), padded // 2)
+        fetch(after(step, (n * 4 + 2) * groups), 4 * groups)
+    elif tier == 2:
+        fetch(after(code, n * 2 * padded), 2 * padded)
+        fetch(after(step, n * 4 * groups), 16 * groups)
+        if frame[INPUTS] < d_model:
+            fetch(after(bytes_(frame[KEY_N]), n * padded), padded)
+            fetch(after(floats(frame[KEY_STEP_N]), n * 2 * groups), 8 * groups)
+    elif tier == 3:
+        fetch(after(gate, n * d_model), size * d_model)
+        fetch(after(u, n * d_model), size * d_model)
+        fetch(after(v, n * d_model), size * d_model)
 
 
 @njit(fastmath=set(FAST))
-def _fetch(frame: Any, u: Any, gate: Any, v: Any, k: int, size: int, tier: Any) -> None:
-    """Have read ahead what a token reads of a block; `size`: bytes of a number of the experts."""
-    padded, d_model = frame[PADDED], frame[D_MODEL]
-    groups, again = padded // frame[GROUP], frame[INPUTS] < d_model
-    code, step = bytes_(frame[CODE]), floats(frame[STEP])
-    for b in range(min(BLOCK, frame[EXPERTS] - k * BLOCK)):
-        n = k * BLOCK + b
-        if tier[b] == 1:
-            fetch(after(code, n * 2 * padded + padded), padded // 2)
-            fetch(after(step, (n * 4 + 2) * groups), 4 * groups)
-        elif tier[b] == 2:
-            fetch(after(code, n * 2 * padded), 2 * padded)
-            fetch(after(step, n * 4 * groups), 16 * groups)
-            if again:
-                fetch(after(bytes_(frame[KEY_N]), n * padded), padded)
-                fetch(after(floats(frame[KEY_STEP_N]), n * 2 * groups), 8 * groups)
-        elif tier[b] == 3:
-            fetch(after(gate, n * d_model), size * d_model)
-            fetch(after(u, n * d_model), size * d_model)
-            fetch(after(v, n * d_model), size * d_model)
+def _fetch_keys(frame: Any, k: int, part: int, rows: Any, pairs: int) -> None:
+    """Have one of BLOCK parts of the keys of a block read ahead, for the inputs in `rows` (pairs, 2)."""
+    key = after(bytes_(frame[KEY]), k * frame[PADDED] * BLOCK)
+    for j in range(part * pairs // BLOCK, (part + 1) * pairs // BLOCK):
+        fetch(after(key, rows[2 * j] * BLOCK), 1)  # a line of memory
+        fetch(after(key, rows[2 * j + 1] * BLOCK), 1)
 
 
 @njit(fastmath=set(FAST), error_model="numpy")
 def _read(
-    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, scaled: Any, totals: Any, z: Any, a: Any, tier: Any, y: Any,
-    shift: Any, source: Any, weights: Any,
+    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, whole: Any, z: Any, a: Any, tier: Any, y: Any, shift: Any,
+    source: Any, weights: Any, then: int, tier_then: Any, size: int, then_keys: int, rows: Any, pairs: int,
 ) -> None:  # fmt: skip
     """Add to `y` what a token reads of a block, less the middle of codes, whose weights go into `shift` (g,).
 
     Args:
-        x, scaled, totals: inputs (d,), those that meet codes, and the sums of their groups.
+        x: inputs (d,); `whole`: those that meet codes, see `whole_numbers`.
         z, a, tier: as of `decide`.
         source, weights: room for output vectors to be added, (e,) and (e, g).
+        then, tier_then: the block that is read next, and how, or -1. Its experts are read ahead, one for each of this
+            block's, since memory takes so many requests at once and no more. `size`: see `_fetch`.
+        then_keys, rows, pairs: likewise the block whose keys come next; see `_fetch_keys`.
     """
     d_model, padded, group, experts = frame[D_MODEL], frame[PADDED], frame[GROUP], frame[EXPERTS]
     groups, kind, bias, stride = padded // group, frame[KIND], floats(frame[BIAS]), frame[BLOCKS] * BLOCK
     code, step, found = bytes_(frame[CODE]), floats(frame[STEP]), 0
+    x_d, rest_d, step_g2, middle_g = whole
     for b in range(min(BLOCK, experts - k * BLOCK)):
         read, n = tier[b], k * BLOCK + b
+        if then_keys >= 0:
+            _fetch_keys(frame, then_keys, b, rows, pairs)
+        if then >= 0 and then * BLOCK + b < experts:
+            _fetch(frame, u, gate, v, then * BLOCK + b, size, tier_then[b])
         if read == 0:
             continue
         if read == 3:
@@ -139,12 +132,14 @@ def _read(
             z_gate, z_u = z[b], z[BLOCK + b]
             if frame[INPUTS] < d_model:
                 key, key_step = after(bytes_(frame[KEY_N]), n * padded), floats(frame[KEY_STEP_N])
-                z_gate, z_u = dots(key, after(key_step, n * 2 * groups), scaled, totals, groups, group)
+                key_step = after(key_step, n * 2 * groups)
+                z_gate, z_u = dots(key, key_step, x_d, rest_d, step_g2, middle_g, groups, group, u)
                 z_gate += bias[n]
                 z_u += bias[stride + n]
             more_gate, more_u = dots(
-                after(code, n * 2 * padded), after(step, n * 4 * groups), scaled, totals, groups, group
-            )
+                after(code, n * 2 * padded), after(step, n * 4 * groups), x_d, rest_d, step_g2, middle_g, groups,
+                group, u,
+            )  # fmt: skip
             activation = activated(z_gate + more_gate, kind) * (z_u + more_u)
         for copy in range(read):  # the coarse copy of the output vector, and what the fine one adds to it
             source[found] = address(after(code, n * 2 * padded + padded + copy * padded // 2))
@@ -173,10 +168,14 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     stat, bias, price = floats(frame[STAT]), floats(frame[BIAS]), floats(frame[PRICE])
     scale_d, reach_d = carray(floats(frame[SCALE]), d_model), carray(floats(frame[REACH]), d_model)
     key, key_step = bytes_(frame[KEY]), floats(frame[KEY_STEP])
-    bits_d, read_td = np.empty(d_model, np.int32), np.empty((tokens, d_model), np.int64)
-    start_tg, omitted_t = np.empty((tokens, groups + 1), np.int64), np.empty(tokens, np.float32)
-    scaled_td, total_tg = np.zeros((tokens, padded), np.float32), np.zeros((tokens, groups), np.float32)
-    shift_tg = np.zeros((tokens, groups), np.float32)
+    bits_d, read_d, scaled_d = np.empty(d_model, np.int32), np.empty(d_model, np.int64), np.zeros(padded, np.float32)
+    whole_td, rest_td = np.zeros((tokens, padded), np.int16), np.zeros((tokens, padded), np.int16)
+    step_tg2, middle_tg = np.empty((tokens, groups, 2), np.float32), np.empty((tokens, groups), np.float32)
+    # What is read, in pairs; see `pair_inputs`.
+    pairs = (d_model + groups + 1) // 2
+    row_tp2, number_tp2 = np.empty((tokens, pairs, 2), np.int32), np.empty((tokens, pairs, 2), np.int32)
+    start_tg, read_middle_tg = np.empty((tokens, groups + 1), np.int64), np.empty((tokens, groups), np.float32)
+    omitted_t, shift_tg = np.empty(tokens, np.float32), np.zeros((tokens, groups), np.float32)
     # Of this block, and of the one before.
     z_2b, a_2b, tier_2b = (
         np.empty(4 * BLOCK, np.float32),
@@ -186,15 +185,15 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     node_3b = np.empty(3 * BLOCK, np.float32)
     source_e, weight_eg = np.empty(2 * BLOCK + TOGETHER, np.int64), np.empty((2 * BLOCK + TOGETHER, groups), np.float32)
     for t in range(tokens):
-        count, omitted_t[t] = _largest(x_td, t, reach_d, inputs, bits_d, read_td)
-        j = 0
-        for g in range(groups + 1):
-            while j < count and read_td[t, j] < g * group:
-                j += 1
-            start_tg[t, g] = j
-        for d in range(d_model):
-            scaled_td[t, d] = x_td[t, d] / scale_d[d]
-            total_tg[t, d // group] += scaled_td[t, d]
+        for g in range(groups):
+            whole_numbers(
+                at(x_td, t * d_model), at(scale_d, 0), g * group, min(d_model, (g + 1) * group), at(scaled_d, 0),
+                at(whole_td, t * padded), at(rest_td, t * padded), at(step_tg2, (t * groups + g) * 2),
+                at(middle_tg, t * groups + g),
+            )  # fmt: skip
+        count, omitted_t[t] = largest_inputs(x_td, t, reach_d, inputs, bits_d, read_d)
+        out = row_tp2[t], number_tp2[t], start_tg[t], read_middle_tg[t]
+        pair_inputs(read_d, count, group, scaled_d, whole_td[t], rest_td[t], out)
     chunk, k, t, end, slot = 0, 0, 0, 0, 0
     chunk_before, k_before, t_before = -1, -1, -1
     while True:
@@ -206,26 +205,36 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
         if chunk < chunks:
             z, tier = at(z_2b, 2 * BLOCK * slot), at(tier_2b, BLOCK * slot)
             key_products(
-                after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(scaled_td, t * padded),
-                at(read_td, t * d_model), at(start_tg, t * (groups + 1)), groups, z,
+                after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(row_tp2, t * pairs * 2),
+                at(number_tp2, t * pairs * 2), at(start_tg, t * (groups + 1)), at(step_tg2, t * groups * 2),
+                at(read_middle_tg, t * groups), groups, z, u,
             )  # fmt: skip
             decide(
                 z, after(z, BLOCK), after(stat, k * BLOCK), after(bias, k * BLOCK), stride, omitted_t[t], price, kind,
                 at(node_3b, 0), at(a_2b, BLOCK * slot), tier,
             )  # fmt: skip
-            _fetch(frame, u, gate, v, k, size, tier)
         slot = 1 - slot
+        # The block after this one: that of the chunk, or of the chunk that is likely to be this thread's next.
+        coming = k + 1 if k + 1 < end else (chunk + frame[THREADS]) * blocks_each
+        coming = coming if coming < blocks else -1
         if k_before >= 0:
             _read(
-                frame, u, gate, v, k_before, at(x_td, t_before * d_model), at(scaled_td, t_before * padded),
-                at(total_tg, t_before * groups), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
+                frame, u, gate, v, k_before, at(x_td, t_before * d_model),
+                (
+                    at(whole_td, t_before * padded), at(rest_td, t_before * padded),
+                    at(step_tg2, t_before * groups * 2), at(middle_tg, t_before * groups),
+                ), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
                 at(tier_2b, BLOCK * slot), at(parts_ctd, (chunk_before * tokens + t_before) * padded),
                 at(shift_tg, t_before * groups), at(source_e, 0), at(weight_eg, 0),
+                k if chunk < chunks else -1, at(tier_2b, BLOCK * (1 - slot)), size,
+                coming if t == tokens - 1 else -1, at(row_tp2, t * pairs * 2), start_tg[t, groups],
             )  # fmt: skip
             if chunk != chunk_before:  # it was the last of its chunk
                 for j in range(tokens):
-                    for d in range(padded):
-                        parts_ctd[chunk_before, j, d] -= np.float32(MIDDLE) * shift_tg[j, d // group]
+                    for g in range(groups):
+                        middle = np.float32(MIDDLE) * shift_tg[j, g]
+                        for d in range(g * group, (g + 1) * group):
+                            parts_ctd[chunk_before, j, d] -= middle
                 shift_tg[:] = np.float32(0.0)
                 if take(after(frame, DONE)) + 1 == chunks:
                     _add_up(frame)
@@ -244,10 +253,10 @@ def _add_up(frame: Any) -> None:
     y, parts = floats(frame[Y]), floats(frame[PARTS])
     for t in range(tokens):
         for d in range(d_model):
-            total = np.float32(0.0)
-            for c in range(chunks):
-                total += parts[(c * tokens + t) * padded + d]
-            y[t * d_model + d] = total
+            y[t * d_model + d] = parts[t * padded + d]
+        for c in range(1, chunks):
+            for d in range(d_model):
+                y[t * d_model + d] += parts[(c * tokens + t) * padded + d]
 
 
 def _float32(frame: Any) -> None:

@@ -23,13 +23,16 @@ from .peer_vectors import (
     I8,
     I64,
     LANES,
+    PAIRS,
     VECTOR,
     WHOLE,
     add_to,
     along,
     clear,
     fma,
+    instructions,
     load,
+    products_of_pairs,
     splat,
     store,
     sum_of,
@@ -48,84 +51,132 @@ def _halves(b: Any, codes: Any) -> tuple[Any, Any]:
     return b.uitofp(low, VECTOR), b.uitofp(high, VECTOR)
 
 
+def _add_pairs(b: Any, total: Any, x: Any, y: Any, has: str) -> None:
+    b.store(b.add(b.load(total), products_of_pairs(b, x, y, has)), total)
+
+
+def _as_numbers(b: Any, parts: list[Any], sizes: list[Any]) -> Any:
+    """Sum of vectors of whole numbers, each times its size."""
+    total = ir.Constant(VECTOR, None)
+    for part, size in zip(parts, sizes, strict=True):
+        total = fma(b, b.sitofp(b.load(part), VECTOR), size, total)
+    return total
+
+
+def _parts(table: Any) -> int:
+    """In how many whole numbers of 16 bits an input is met: one is finer than 16 bits of a float, two than 32."""
+    return 2 if table.dtype == types.float32 else 1
+
+
 @intrinsic
-def key_products(_: Any, key: Any, step: Any, x: Any, read: Any, start: Any, __: Any, z: Any) -> Any:
-    """z (2, BLOCK): products of the inputs `read` with the coarse gate and up vectors of a block.
+def key_products(
+    _: Any, key: Any, step: Any, rows: Any, x: Any, start: Any, size: Any, middle: Any, __: Any, z: Any, table: Any
+) -> Any:
+    """z (2, BLOCK): products of the inputs that are read with the coarse gate and up vectors of a block.
 
     Args:
         key, step: codes (d, BLOCK) and steps (g, 2, BLOCK).
-        x: inputs (d,).
-        read: which of them are read, in order; `start` (g + 1,): where those of each group begin.
+        rows: inputs that are read, in pairs of one group (p, 2).
+        x: what they are, as whole numbers, a pair in 32 bits: (p, 2), the first of the two in full, then the rest.
+        start: where the pairs of each group begin (g + 1,).
+        size: steps of these whole numbers (g, 2).
+        middle: what is to be added to the products of each group for the middle of codes (g,).
+        table: the experts, whose number type tells how exactly inputs are met.
     """
+    has, deep = instructions(), _parts(table)
 
     def build(_: Any, b: Any, __: Any, values: Any) -> Any:
-        key, step, x, read, start, groups, z = values
+        key, step, rows, x, start, size, middle, groups, z, _ = values
         parts = BLOCK // LANES
-        totals, products = zeros(b, 2 * parts), zeros(b, 2 * parts)
+        totals = zeros(b, 2 * parts)
+        products = [zeros(b, deep, WHOLE) for _ in range(2 * parts)]
+        low_halves, four = ir.Constant(WHOLE, [0x000F000F] * LANES), ir.Constant(WHOLE, [4] * LANES)
         clear(b, totals)
-        of_inputs = cgutils.alloca_once(b, F32)
         with cgutils.for_range(b, groups) as group:
-            clear(b, products)
-            b.store(ir.Constant(F32, 0.0), of_inputs)
+            for each in products:
+                clear(b, each)
             first = b.load(b.gep(start, [group.index]))
             last = b.load(b.gep(start, [b.add(group.index, ir.Constant(I64, 1))]))
-            with cgutils.for_range_slice(b, first, last, ir.Constant(I64, 1), I64) as (j, _):
-                d = b.load(b.gep(read, [j]))
-                number = b.load(b.gep(x, [d]))
-                b.store(b.fadd(number, b.load(of_inputs)), of_inputs)
-                number, row = splat(b, number), b.mul(d, ir.Constant(I64, BLOCK))
+            with cgutils.for_range_slice(b, first, last, ir.Constant(I64, 1), I64) as (p, _):
+                twice = b.mul(p, ir.Constant(I64, 2))
+                places = [b.add(twice, ir.Constant(I64, i)) for i in range(2)]
+                of_pair = [
+                    b.mul(b.sext(b.load(b.gep(rows, [place])), I64), ir.Constant(I64, BLOCK)) for place in places
+                ]
+                numbers = [b.bitcast(splat(b, b.load(b.gep(x, [place]))), PAIRS) for place in places[:deep]]
                 for part in range(parts):
-                    codes = load(b, key, b.add(row, ir.Constant(I64, part * LANES)), CODES)
-                    for which, half in enumerate(_halves(b, codes)):
-                        add_to(b, products[2 * part + which], half, number)
-            middle = splat(b, b.fmul(b.load(of_inputs), ir.Constant(F32, -MIDDLE)))
+                    one, other = (
+                        b.zext(load(b, key, b.add(row, ir.Constant(I64, part * LANES)), CODES), WHOLE)
+                        for row in of_pair
+                    )
+                    both = b.or_(one, b.shl(other, ir.Constant(WHOLE, [16] * LANES)))
+                    for which, half in enumerate((both, b.lshr(both, four))):
+                        codes = b.bitcast(b.and_(half, low_halves), PAIRS)
+                        for total, number in zip(products[2 * part + which], numbers, strict=True):
+                            _add_pairs(b, total, codes, number, has)
+            sizes = _sizes(b, size, group.index, deep)
+            correction = splat(b, b.load(b.gep(middle, [group.index])))
             for part in range(parts):
                 for which in range(2):
                     place = b.mul(group.index, ir.Constant(I64, 2 * BLOCK))
                     place = b.add(place, ir.Constant(I64, which * BLOCK + part * LANES))
-                    product = b.fadd(b.load(products[2 * part + which]), middle)
+                    product = b.fadd(_as_numbers(b, products[2 * part + which], sizes), correction)
                     add_to(b, totals[2 * part + which], load(b, step, place, VECTOR), product)
         for part in range(parts):
             for which in range(2):
                 place = ir.Constant(I64, which * BLOCK + part * LANES)
                 store(b, b.load(totals[2 * part + which]), z, place)
 
-    return types.void(key, step, x, read, start, types.int64, z), build
+    arguments = key, step, rows, x, start, size, middle, types.int64, z, table
+    return types.void(*arguments), build
+
+
+def _sizes(b: Any, size: Any, group: Any, deep: int) -> list[Any]:
+    twice = b.mul(group, ir.Constant(I64, 2))
+    return [splat(b, b.load(b.gep(size, [b.add(twice, ir.Constant(I64, i))]))) for i in range(deep)]
 
 
 @intrinsic
-def dots(_: Any, code: Any, step: Any, x: Any, total: Any, __: Any, ___: Any) -> Any:
+def dots(_: Any, code: Any, step: Any, x: Any, rest: Any, size: Any, middle: Any, __: Any, ___: Any, table: Any) -> Any:
     """Products of one gate and one up vector with all inputs.
 
     Args:
         code, step: codes (d,) and steps (2, g).
-        x, total: inputs (d,), and the sums of their groups.
-        The last two: how many groups, and of how many inputs.
+        x, rest: inputs as whole numbers of 16 bits, and what these leave over (d,); `size`: the steps of both (g, 2).
+        middle: what is to be added to the products of each group for the middle of codes (g,).
+        The next two: how many groups, and of how many inputs.
+        table: see `key_products`.
     """
+    has, deep = instructions(), _parts(table)
 
     def build(_: Any, b: Any, __: Any, values: Any) -> Any:
-        code, step, x, total, groups, group_size = values
-        sums, products, shifts = zeros(b, 2), zeros(b, 2), [cgutils.alloca_once(b, F32) for _ in range(2)]
-        clear(b, sums)
-        for shift in shifts:
-            b.store(ir.Constant(F32, 0.0), shift)
+        code, step, *inputs, size, middle, groups, group_size, _ = values
+        sums, products, shifts = zeros(b, 2), [zeros(b, deep, WHOLE) for _ in range(2)], zeros(b, 2, F32)
+        clear(b, [*sums, *shifts])
+        bytes_of_pairs, low_half = ir.VectorType(I8, 2 * LANES), ir.Constant(PAIRS, [15] * 2 * LANES)
         with cgutils.for_range(b, groups) as group:
-            clear(b, products)
+            clear(b, [*products[0], *products[1]])
             base = b.mul(group.index, group_size)
-            with along(b, 0, group_size) as (j, _):
+            with cgutils.for_range_slice(
+                b, ir.Constant(I64, 0), group_size, ir.Constant(I64, 2 * LANES), I64
+            ) as (j, _):  # fmt: skip
                 place = b.add(base, j)
-                numbers = load(b, x, place, VECTOR)
-                for product, half in zip(products, _halves(b, load(b, code, place, CODES)), strict=True):
-                    add_to(b, product, half, numbers)
-            middle = b.fmul(b.load(b.gep(total, [group.index])), ir.Constant(F32, -MIDDLE))
+                numbers = [load(b, each, place, PAIRS) for each in inputs[:deep]]
+                both = b.zext(load(b, code, place, bytes_of_pairs), PAIRS)
+                halves = b.and_(both, low_half), b.lshr(both, ir.Constant(PAIRS, [4] * 2 * LANES))
+                for totals, half in zip(products, halves, strict=True):
+                    for total, number in zip(totals, numbers, strict=True):
+                        _add_pairs(b, total, half, number, has)
+            sizes, correction = _sizes(b, size, group.index, deep), b.load(b.gep(middle, [group.index]))
             for which in range(2):
-                size = b.load(b.gep(step, [b.add(group.index, groups) if which else group.index]))
-                add_to(b, sums[which], splat(b, size), b.load(products[which]))
-                b.store(b.fadd(b.fmul(size, middle), b.load(shifts[which])), shifts[which])
+                unit = b.load(b.gep(step, [b.add(group.index, groups) if which else group.index]))
+                add_to(b, sums[which], splat(b, unit), _as_numbers(b, products[which], sizes))
+                b.store(b.fadd(b.fmul(unit, correction), b.load(shifts[which])), shifts[which])
         found = [b.fadd(sum_of(b, b.load(each)), b.load(shift)) for each, shift in zip(sums, shifts, strict=True)]
         return cgutils.pack_array(b, found)
 
-    return types.UniTuple(types.float32, 2)(code, step, x, total, types.int64, types.int64), build
+    arguments = code, step, x, rest, size, middle, types.int64, types.int64, table
+    return types.UniTuple(types.float32, 2)(*arguments), build
 
 
 @intrinsic

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .peer_copies import Copies, Estimate, estimate, make_copies, meet_keys
-from .peer_cpu import faster, few_tokens, misfit, pack, unsuited, usable
+from .peer_cpu import few_tokens, misfit, pack, unsuited, usable
 from .peer_evaluation import COARSE, FINE, FULL, at_budget
 from .peer_experts import ExpertPool
+from .peer_faster import budget_pays, reading_once_pays
 from .peer_full import full_usable, in_full
 from .peer_gpu import AT_MOST, PackedForGPU, few_tokens_on_gpu, pack_for_gpu, packs_for_gpu
 from .peer_products import combined
@@ -114,7 +115,7 @@ class ElasticPool(ExpertPool):
         if budget is None or budget.price == 0:
             return self._everything(x_td)
         by_kernel = not choice and self.observer is None
-        if by_kernel and (not hurry or faster(x_td, budget.bytes)) and usable(self, x_td):
+        if by_kernel and (not hurry or budget_pays(x_td, budget.bytes)) and usable(self, x_td):
             return few_tokens(self._current(self._packed, pack), x_td, budget)
         on_gpu = self._packed_for_gpu(x_td) if by_kernel else None
         if on_gpu is not None and 0 < len(x_td) <= AT_MOST:
@@ -127,7 +128,9 @@ class ElasticPool(ExpertPool):
         return self.choose(x_td, copies, budget) if choice else at_budget(self, x_td, copies, budget)
 
     def _everything(self, x_td: torch.Tensor) -> torch.Tensor:
-        return in_full(self, x_td) if full_usable(self, x_td) else combined(self.products(x_td)[2], self.v)
+        if reading_once_pays(x_td) and full_usable(self, x_td):
+            return in_full(self, x_td)
+        return combined(self.products(x_td)[2], self.v)
 
     def choose(self, x_td: torch.Tensor, copies: Copies, budget: Budget) -> Choice:
         """How each expert is read for each token; see the docstring of peer_elastic.py."""

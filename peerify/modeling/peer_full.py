@@ -1,7 +1,7 @@
 # Copyright 2026 The peerify authors. Licensed under the Apache License, Version 2.0.
 """All experts in full, for few tokens on a CPU: each row is read once, as fast as memory gives it.
 
-PyTorch's products of few tokens read memory at half of that speed or less, in bfloat16 above all. Sums are in float32.
+Sums are in float32. peer_faster.py says where PyTorch's products are no faster.
 
 Shape suffixes: t tokens, d d_model, n experts, c chunks of experts.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .peer_faster import DTYPES
 from .peer_kernels import kernel, obstacle, plain, run
 from .peer_many import ACTIVATIONS
 
@@ -38,8 +39,7 @@ from .peer_many import ACTIVATIONS
     FIELDS,
 ) = range(17)
 Frame = ctypes.c_int64 * FIELDS
-FEW = 8  # tokens, up to which it takes less time than PyTorch's products, on two cores with AVX-512
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 8  # tokens, the most that the kernel is used for
 LANES, CHUNK = 16, 96  # numbers of a vector; experts of a chunk, more where there would be more than CHUNKS_AT_MOST
 CHUNKS_AT_MOST = 16
 

@@ -86,6 +86,10 @@ class Lanes:
     def floor(self) -> Lanes:
         return self._called("floor")
 
+    def nearest(self) -> Lanes:
+        """The nearest whole numbers."""
+        return self._called("rint")
+
     def size(self) -> Lanes:
         return self._called("fabs")
 

@@ -14,6 +14,7 @@ try:  # transformers refuses code that imports what is not installed, unless it 
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
+    from numba.core.registry import cpu_target
     from numba.extending import intrinsic
 except ImportError:
     raise
@@ -22,11 +23,18 @@ LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FAST = ("contract", "reassoc", "nsz", "arcp", "afn")  # of fast arithmetic what leaves numbers that are none as they are
 VECTOR, CODES, WHOLE = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
+PAIRS = ir.VectorType(I16, 2 * LANES)
+
+
+def instructions() -> str:
+    """What the processor can do that code is made for, as LLVM lists it: "+avx2,+avx512bw,-amx-tile"."""
+    return str(cpu_target.target_context.codegen()._tm_features)
 
 
 def splat(b: Any, value: Any) -> Any:
-    first = b.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(WHOLE, [0] * LANES))
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = b.insert_element(nothing, value, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, nothing, ir.Constant(WHOLE, [0] * LANES))
 
 
 def load(b: Any, pointer: Any, place: Any, kind: Any) -> Any:
@@ -38,8 +46,37 @@ def store(b: Any, value: Any, pointer: Any, place: Any) -> None:
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
+    return _call(b, f"llvm.fma.v{LANES}f32", VECTOR, x, y, z)
+
+
+def products_of_pairs(b: Any, x: Any, y: Any, has: str) -> Any:
+    """x0 y0 + x1 y1, x2 y2 + x3 y3, ... of whole numbers of 16 bits, in 32 bits.
+
+    Processors do it in one instruction, which LLVM does not always find. Args: has: see `instructions`.
+    """
+    if "+avx512bw" in has:
+        return _call(b, "llvm.x86.avx512.pmaddw.d.512", WHOLE, x, y)
+    first, rest = (ir.Constant(WHOLE, [*range(at, at + LANES)]) for at in (0, LANES))
+    if "+avx2" in has:
+        half = ir.VectorType(I32, LANES // 2)
+        low, high = (
+            _call(b, "llvm.x86.avx2.pmadd.wd", half, *(b.shuffle_vector(each, each, part) for each in (x, y)))
+            for part in (first, rest)
+        )
+        return b.shuffle_vector(low, high, first)
+    wide = ir.VectorType(I32, 2 * LANES)
+    product = b.mul(b.sext(x, wide), b.sext(y, wide))
+    even, odd = (ir.Constant(WHOLE, [*range(at, 2 * LANES, 2)]) for at in (0, 1))
+    return b.add(b.shuffle_vector(product, product, even), b.shuffle_vector(product, product, odd))
+
+
+def _call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [each.type for each in arguments])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
+
+
+def maximum_of(b: Any, vector: Any) -> Any:
+    return _call(b, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, vector)
 
 
 def sum_of(b: Any, vector: Any) -> Any:
@@ -48,13 +85,13 @@ def sum_of(b: Any, vector: Any) -> Any:
     return b.call(add, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
 
 
-def zeros(b: Any, count: int) -> list[Any]:
-    return [cgutils.alloca_once_value(b, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(count)]
+def zeros(b: Any, count: int, kind: Any = VECTOR) -> list[Any]:
+    return [cgutils.alloca_once_value(b, ir.Constant(kind, None)) for _ in range(count)]
 
 
 def clear(b: Any, totals: list[Any]) -> None:
     for each in totals:
-        b.store(ir.Constant(VECTOR, [0.0] * LANES), each)
+        b.store(ir.Constant(each.type.pointee, None), each)
 
 
 def add_to(b: Any, total: Any, x: Any, y: Any) -> None:
@@ -71,8 +108,9 @@ def widened(b: Any, kind: Any, pointer: Any, place: Any) -> Any:
     return b.bitcast(b.shl(b.zext(bits, WHOLE), ir.Constant(WHOLE, [16] * LANES)), VECTOR)
 
 
-def along(b: Any, start: int, end: Any) -> Any:
-    return cgutils.for_range_slice(b, ir.Constant(I64, start), end, ir.Constant(I64, LANES), I64)
+def along(b: Any, start: Any, end: Any) -> Any:
+    start = ir.Constant(I64, start) if isinstance(start, int) else start
+    return cgutils.for_range_slice(b, start, end, ir.Constant(I64, LANES), I64)
 
 
 @intrinsic
@@ -135,7 +173,7 @@ def take(_: Any, counter: Any) -> Any:
 
 @intrinsic
 def fetch(_: Any, pointer: Any, __: Any) -> Any:
-    """Have so many bytes read ahead."""
+    """Have so many bytes read ahead, into the cache of the second level."""
 
     def build(_: Any, b: Any, __: Any, values: Any) -> Any:
         pointer, count = values
@@ -143,6 +181,6 @@ def fetch(_: Any, pointer: Any, __: Any) -> Any:
         ahead = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
         first, one = b.bitcast(pointer, ir.PointerType(I8)), ir.Constant(I32, 1)
         with cgutils.for_range_slice(b, ir.Constant(I64, 0), count, ir.Constant(I64, 64), I64) as (j, _):
-            b.call(ahead, [b.gep(first, [j]), ir.Constant(I32, 0), ir.Constant(I32, 3), one])
+            b.call(ahead, [b.gep(first, [j]), ir.Constant(I32, 0), ir.Constant(I32, 2), one])
 
     return types.void(pointer, types.int64), build

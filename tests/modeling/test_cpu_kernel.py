@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peerify.config.peer import PeerConfig
 from peerify.conversion.model import convert
-from peerify.modeling import peer_cpu, peer_elastic_pool, peer_kernels
+from peerify.modeling import peer_cpu, peer_elastic_pool, peer_faster, peer_kernels
 from peerify.modules import peer_layers
 
 pytestmark = pytest.mark.skipif(peer_cpu.obstacle() is not None, reason=str(peer_cpu.obstacle()))
@@ -214,7 +214,8 @@ def test_it_is_chosen_where_it_is_faster(seed: int, monkeypatch: pytest.MonkeyPa
     at_budget, dense = plain(layer, x), layer.pool(x, None)
     assert error(at_budget, dense) > 1e-4
     layer.prefill_all = True
-    monkeypatch.setitem(peer_cpu.FASTER, torch.float32, ((2, 0.6),))
+    table = peer_faster.Limits(budget={torch.float32: ((2, 0.6),)}, full={})
+    monkeypatch.setattr(peer_faster, "limits", lambda: table)
     assert error(layer(x), dense) <= 1e-6
     assert error(layer(x[:2]), at_budget[:2]) <= 1e-5
     layer.budget = layer.budget._replace(bytes=0.7)
@@ -351,3 +352,38 @@ def test_generation_uses_it(converted: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(peer_elastic_pool, "few_tokens", lambda *args: calls.append(len(args[1])) or real(*args))
     converted.generate(torch.arange(5, 25)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert calls == [1] * (3 * 3), "three layers, three tokens after the one that the prompt gives"
+
+
+@pytest.mark.parametrize("has", ["+avx512bw", "+avx2", ""])
+def test_products_of_pairs_with_every_instruction(has: str, seed: int) -> None:
+    """Also with those of processors that this one can stand for."""
+    numba, numpy = pytest.importorskip("numba"), pytest.importorskip("numpy")
+    from llvmlite import ir
+    from numba.extending import intrinsic
+
+    from peerify.modeling import peer_vectors
+
+    if has not in peer_vectors.instructions():
+        pytest.skip(f"this processor has no {has[1:]}")
+
+    @intrinsic
+    def products(_: Any, x: Any, y: Any, z: Any) -> Any:
+        def build(_: Any, b: Any, __: Any, values: Any) -> Any:
+            *factors, z = values
+            zero = ir.Constant(peer_vectors.I64, 0)
+            x, y = (peer_vectors.load(b, factor, zero, peer_vectors.PAIRS) for factor in factors)
+            found = peer_vectors.products_of_pairs(b, x, y, has)
+            b.store(found, b.bitcast(z, ir.PointerType(found.type)), align=1)
+
+        return numba.types.void(x, y, z), build
+
+    @numba.njit
+    def run(x: Any, y: Any, z: Any) -> None:
+        products(peer_vectors.at(x, 0), peer_vectors.at(y, 0), peer_vectors.at(z, 0))
+
+    random = numpy.random.default_rng(seed)
+    x, y = (random.integers(-32767, 32768, 32).astype(numpy.int16) for _ in range(2))
+    z = numpy.empty(16, numpy.int32)
+    run(x, y, z)
+    expected = (x.astype(numpy.int64) * y).reshape(16, 2).sum(1)
+    assert (z == expected.astype(numpy.int32)).all()

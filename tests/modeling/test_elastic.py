@@ -75,9 +75,15 @@ def test_with_everything_on_it_is_the_dense_layer_to_the_bit(gated: bool, dtype:
     dense = a_tn @ pool.v + layer.bias
     at(layer, 1.0)
     layer.set_active(1)
-    assert torch.equal(layer(x_td), dense)
+    y_td = layer(x_td)
     assert layer.usage(x_td)[1:] == (1.0, 1.0)
-    assert torch.equal(at(layer, 0.0)(x_td), dense)
+    assert torch.equal(at(layer, 0.0)(x_td), y_td)
+    if dtype == torch.float16:  # whose products are taken in float32: not the same bits, but no further from the truth
+        exact = copy.deepcopy(layer).double()(x_td.double())
+        far, dense_far = ((y.double() - exact).norm() / exact.norm() for y in (y_td, dense))
+        assert far <= 1.5 * dense_far + 2.0**-11
+    else:
+        assert torch.equal(y_td, dense)
 
 
 @torch.no_grad()
