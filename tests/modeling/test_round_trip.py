@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCAB, inputs_for, logits
 
 from peerify.checkpoint.files import CODE, CODE_FOLDER
+from peerify.config.grow import GrowConfig
 from peerify.config.peer import PeerConfig
+from peerify.conversion.growth import grow
 from peerify.conversion.model import convert
+from peerify.modules import peer_layers
 
 # Runs before anything else in the other process: peerify cannot be imported there, wherever it is installed.
 BLOCK = """
@@ -67,7 +70,8 @@ for name, auto in json.loads((root / "models.json").read_text()).items():
     again = auto.from_pretrained(root / (name + "-again"), trust_remote_code=True).eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits.float(), expected), name
-    print("same", name)
+    memories = [module for module in again.modules() if type(module).__name__ == "Memory"]
+    print("same", name, len(memories), len({id(memory.pool) for memory in memories}))
 
 ids = load_file(root / "tied-sharded.inputs")["input_ids"]
 expected = load_file(root / "budgets.logits")
@@ -156,6 +160,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], torch.dtype, str | int]] = {
         torch.float32,
         "5GB",
     ),
+    "gpt2-grown-bf16": ("gpt2", "AutoModelForCausalLM", {"active": 0.4}, torch.bfloat16, "5GB"),
+    "opt-grown-spliced": ("opt", "AutoModelForCausalLM", {"active": 0.4}, torch.float32, "20KB"),
+    "t5-grown": ("t5-gated", "AutoModelForSeq2SeqLM", PRODUCT, torch.float32, "20KB"),
+}
+# The memories that some of them have, as if they had learned something.
+GROWN: dict[str, dict[str, Any]] = {
+    "gpt2-grown-bf16": {"layers": "0"},
+    "opt-grown-spliced": {"layers": "all", "share_pool": True},
+    "t5-grown": {"layers": "1-3", "share_pool": True},
 }
 
 
@@ -179,6 +192,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs_for(model).items()}
         data = [inputs] if "pixel_values" in inputs else torch.randint(3, VOCAB, (8, 24))
         convert(model, PeerConfig(**options), data)
+        if name in GROWN:
+            grow(model, GrowConfig(num_experts=144, num_heads=2, topk=4, **GROWN[name]), [inputs])
+            for layer in peer_layers(model).values():
+                if layer.memory is not None:
+                    torch.nn.init.normal_(layer.memory.pool.v)
         model.set_active(model.config.peer_active, prefill="budget")  # so that what was saved shows
         keep(name, auto, model, inputs, shard_size)
 
@@ -252,8 +270,9 @@ def test_without_peerify(folder: Path) -> None:
     said = python(BLOCK + STRANGER, folder, "-I").splitlines()
     for line in ("cache", "pipeline", "backbone", "another head", "no trust, no model", "budgets"):
         assert line in said
+    memories = {"gpt2-grown-bf16": "1 1", "opt-grown-spliced": "2 1", "t5-grown": "3 1"}  # and pools
     assert {line for line in said if line.startswith("same ")} == {
-        f"same {name}" for name in [*MODELS, "tied-sharded", "shieldgemma2"]
+        f"same {name} {memories.get(name, '0 0')}" for name in [*MODELS, "tied-sharded", "shieldgemma2"]
     }
 
 

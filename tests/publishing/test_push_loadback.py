@@ -14,6 +14,9 @@ from hub_client import send
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
+from peerify.config.grow import GrowConfig
+from peerify.config.recipe import CalibrationConfig, Recipe
+from peerify.conversion.growth_checkpoint import grow_checkpoint
 from peerify.errors import PublishError
 from peerify.publishing import push as publishing
 from peerify.publishing import verify
@@ -43,6 +46,18 @@ def test_push_and_load_back(folder: Path, hub: Hub, tmp_path: Path) -> None:
         ["Loading the folder without peerify", "Uploading", "Loading it back from the Hub"]
     )
     assert not list((tmp_path / "home" / "HF_HOME").glob("peerify-push-*"))
+
+
+@pytest.mark.slow
+def test_a_pool_that_layers_share_arrives(model: Path, hub: Hub, tmp_path: Path) -> None:
+    """It is sent once, and both layers have it when loaded back."""
+    calibration = CalibrationConfig(data=str(model.parent / "text.txt"), tokens=256, context=32)
+    growth = GrowConfig(num_experts=64, num_heads=2, topk=4, layers="0,2", share_pool=True)
+    out = tmp_path / "grown"
+    grow_checkpoint(Recipe(model=str(model), output=str(out), grow=growth, calibration=calibration))
+    assert publishing.push(out, "user/model", tag="v1")["verified"]
+    sent = load_file(out / "model.safetensors")
+    assert [name for name in sent if name.endswith("memory.pool.u")] == ["model.layers.0.mlp.memory.pool.u"]
 
 
 @pytest.mark.slow
