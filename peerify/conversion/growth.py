@@ -139,7 +139,7 @@ def grow(
     require_memory(grown_bytes(model, planned, next(model.parameters()).dtype), planned)
     batches = token_batches(calibration, model) if isinstance(calibration, Tensor) else list(calibration)
     tell("Reading calibration inputs", 0, 1)
-    inputs = _layer_inputs(model, list(planned), batches)
+    inputs = layer_inputs(model, list(planned), batches)
     tell("Reading calibration inputs", 1, 1)
     entries = dict(_peer(model)["layers"])
     for number, (path, options) in enumerate(planned.items()):
@@ -175,8 +175,11 @@ def fractions(model: nn.Module) -> tuple[float, float]:
     return read, done
 
 
-def _layer_inputs(model: nn.Module, paths: Sequence[str], batches: list[Batch]) -> dict[str, Tensor]:
-    """What each layer gets on about TOKENS tokens from all over the batches: (t, d) by path, float32.
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Batch], tokens: int = TOKENS
+) -> dict[str, Tensor]:
+    """What each layer gets on at least so many tokens from all over the batches: (t, d) by path, float32.
 
     Raises:
         ConversionError: a layer does not run on these inputs, or what it gets is not finite.
@@ -194,7 +197,7 @@ def _layer_inputs(model: nn.Module, paths: Sequence[str], batches: list[Batch]) 
         return keep
 
     parameter = next(model.parameters())
-    order = random.Random(0).sample(batches, len(batches))
+    order = random.Random(0).sample(list(batches), len(batches))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for path in paths:
@@ -203,7 +206,7 @@ def _layer_inputs(model: nn.Module, paths: Sequence[str], batches: list[Batch]) 
             waiting = set(paths)
             with suppress(StopForwardError), fast_products(parameter):
                 model(**on_device(batch, parameter.device))
-            if sum(map(len, seen[paths[0]])) >= TOKENS:
+            if sum(map(len, seen[paths[0]])) >= tokens:
                 break
     for path, inputs in seen.items():
         if not inputs:

@@ -16,7 +16,7 @@ from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training
-from peerify.training.footprint import memory_of
+from peerify.training.footprint import idle_numbers, memory_of
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def _stage(
     needs_teacher = stage.objectives.needs_teacher
     embeddings = model.get_input_embeddings().weight
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embeddings
-    used = parameters - (0 if tied else embeddings.numel())  # a look-up takes no products
+    # A look-up takes no products, nor do experts that are not found.
+    used = parameters - (0 if tied else embeddings.numel()) - idle_numbers(model)
     text = model.config.get_text_config()
     attention = text.num_hidden_layers * config.data.context * text.hidden_size  # causal: half of all pairs, twice
     # Forward; backward to the inputs; backward to what trains; forward of the teacher.

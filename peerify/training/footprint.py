@@ -12,6 +12,7 @@ from torch import nn
 from peerify.config.train import StageConfig, TrainConfig
 from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
+from peerify.modeling.peer_memory import Memory
 
 PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
 # Bytes of optimizer state per trainable parameter.
@@ -73,6 +74,7 @@ def _layer_numbers(model: Any, stage: StageConfig) -> int:
         if isinstance(module, PEER | ElasticPEER):
             inside |= {id(part) for part in module.modules()}
             total += _peer_numbers(module, stage) if isinstance(module, PEER) else _elastic_numbers(module)
+            total += 0 if module.memory is None else _memory_numbers(module.memory)
         elif isinstance(module, nn.Linear) and module is not head and id(module) not in inside:
             total += module.out_features
     return total
@@ -83,6 +85,21 @@ def _elastic_numbers(layer: ElasticPEER) -> int:
     # whether it was read.
     in_full = 2 if layer.pool.gate is None else 4
     return (in_full if layer.budget is None else in_full + 1) * layer.num_experts + layer.d_model
+
+
+def _memory_numbers(memory: Memory) -> int:
+    # Of each retrieved expert: its projections, the activated one, their product, its weight, the weighted activation,
+    # and its number, which takes the place of two. Rows are not copied where kernels read them.
+    assert memory.keys.query_proj is not None
+    retrieved = memory.num_heads * memory.topk
+    return (6 if memory.vectors == 2 else 8) * retrieved + memory.keys.query_proj.out_features + memory.d_model
+
+
+def idle_numbers(model: Any) -> int:
+    """Numbers in the tables of memories that a token does not meet."""
+    memories = [module for module in model.modules() if isinstance(module, Memory)]
+    tables = sum(memory.num_experts * memory.vectors * memory.d_model for memory in memories if not memory.pool_of)
+    return tables - sum(memory.num_heads * memory.topk * memory.vectors * memory.d_model for memory in memories)
 
 
 def _copied_numbers(model: Any) -> int:

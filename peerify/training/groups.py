@@ -22,7 +22,7 @@ def kind(name: str, parameter: nn.Parameter, peer_paths: set[str]) -> str:
     """The group of a parameter, by its name in the model."""
     path = next((path for path in peer_paths if name.startswith(path + ".")), None)
     if path is not None:
-        return ROUTER if name.startswith(path + ".keys.") else EXPERTS
+        return ROUTER if name.startswith((f"{path}.keys.", f"{path}.memory.keys.")) else EXPERTS
     return DECAYED if parameter.dim() >= 2 else REST
 
 
