@@ -25,6 +25,7 @@ from peerify.conversion.memory_keys import fit_keys
 from peerify.conversion.precision import fast_products
 from peerify.discovery.selection import select
 from peerify.errors import ConversionError
+from peerify.modeling.peer_gathered import zeros
 from peerify.modeling.peer_install import make_layer
 from peerify.modeling.peer_memory import Memory, shared_pools
 from peerify.modules import peer_layers
@@ -230,6 +231,6 @@ def _build(layer: Any, entry: dict[str, Any], x_td: Tensor, seed: int) -> Memory
         for table, like in ((pool.u, own.u), (pool.gate, own.gate)):
             if table is not None:  # as large as the neurons' own
                 table.normal_(std=float(like.float().square().mean().sqrt()), generator=generator)
-        # Memory of zeros is the system's until somebody writes to it.
-        pool.v = nn.Parameter(torch.zeros(pool.v.shape, dtype=pool.v.dtype, device=pool.v.device))
+        on_cpu = pool.v.device.type == "cpu"  # where zeros take no memory until somebody writes to them
+        pool.v = nn.Parameter(zeros(len(pool.v), memory.d_model, pool.v.dtype) if on_cpu else torch.zeros_like(pool.v))
     return memory

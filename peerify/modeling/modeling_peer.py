@@ -87,7 +87,7 @@ class PeerModelMixin:
         """Spend that share of the dense layers' bytes for each token from now on, in layers that have budgets.
 
         Args:
-            active: 1 evaluates every expert in full.
+            active: 1 evaluates every expert in full. What memories read besides does not depend on it.
             prefill: "all" evaluates every expert where a sequence brings more than a few tokens at once, "budget" keeps
                 to the budget there, too. None: as it is.
 

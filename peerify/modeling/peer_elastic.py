@@ -10,7 +10,8 @@ reading it in full, without error and at the cost 1, what makes error plus price
 read anyway, so the coarse copy costs only its output vector.
 
 A price is a threshold: nothing is sorted, and hard tokens take more than easy ones. A layer knows the prices for
-several budgets. With a budget of 1 every expert is evaluated in full, and the layer is the dense layer.
+several budgets. With a budget of 1 every expert is evaluated in full, and the layer is the dense layer. A memory
+(peer_memory.py) that has learned something adds to it at any budget.
 
 Experts evaluated by their copy alone are what product-key memory has (Lample et al., 1907.05242): values weighted by a
 function of the product of key and query. Those evaluated in full are PEER's.
@@ -86,7 +87,7 @@ class ElasticPEER(nn.Module):
     def set_active(self, active: float) -> None:
         """Spend so much of the dense layers' bytes from now on: 1 evaluates every expert in full.
 
-        Shares between two budgets are interpolated, in the logarithm of the price.
+        What a memory reads comes besides. Shares between two budgets are interpolated, in the logarithm of the price.
 
         Raises:
             ValueError: less than the smallest budget, or above 1.

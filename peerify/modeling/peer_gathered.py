@@ -174,7 +174,7 @@ class Scatter(torch.autograd.Function):
         ctx.save_for_backward(a_tk, x_td)
         ctx.rows = rows
         size = rows.experts, x_td.shape[1]
-        table_nd = x_td.new_empty(size, dtype=dtype) if reaches(x_td) else _zeros(*size, dtype)
+        table_nd = x_td.new_empty(size, dtype=dtype) if reaches(x_td) else zeros(*size, dtype)
         _run(SCATTER, a_tk, x_td, table_nd, rows)
         return table_nd
 
@@ -191,7 +191,7 @@ class Scatter(torch.autograd.Function):
         )
 
 
-def _zeros(experts: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+def zeros(experts: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """A table of zeros in memory of its own, of which the system makes only those pages that are written.
 
     Large pages would be fewer, but the system may take a second to find room for them.
