@@ -64,6 +64,9 @@ def distribute(model: nn.Module, accelerator: Accelerator) -> Any:
         prepared.forward = getattr(prepared, "_original_forward", prepared.forward)
         return prepared
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for memory in (layer.memory for layer in peer_layers(model).values()):
+        if memory is not None and not isinstance(memory.pool, FSDPModule):  # blocks may share it: it is none's own
+            fully_shard(memory.pool, mesh=mesh)
     for path in blocks_around(model, peer_layers(model)):
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)

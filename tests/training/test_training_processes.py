@@ -17,6 +17,7 @@ from checkpoints import text_file, tiny_checkpoint
 from peerify import cli
 from peerify.config.recipe import Recipe
 from peerify.conversion.checkpoint import convert_checkpoint
+from peerify.conversion.growth_checkpoint import grow_checkpoint
 
 ROOT = Path(cli.__file__).parents[2]
 
@@ -84,6 +85,18 @@ def test_two_processes_do_what_one_does(here: Path, kind: str) -> None:
     train(here, kind)
     assert len(losses(here, "one")) == 13
     assert losses(here, kind) == pytest.approx(losses(here, "one"), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_teach_a_pool_that_layers_share(here: Path) -> None:
+    grow = ["grow.num_experts=64", "grow.num_heads=2", "grow.topk=4", "grow.layers=0,2", "grow.share_pool=true"]
+    places = [f"model={here / 'peer'}", f"output={here / 'grown'}"]
+    grow_checkpoint(Recipe.load(here / "r.yaml", [*places, *grow]))
+    for kind in ("one", "ddp", "fsdp2"):
+        train(here, kind, "--set", f"output={here / 'grown'}", name=f"grown-{kind}")
+    assert losses(here, "grown-one") != losses(here, "one")
+    for kind in ("ddp", "fsdp2"):
+        assert losses(here, f"grown-{kind}") == pytest.approx(losses(here, "grown-one"), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
