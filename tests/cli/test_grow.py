@@ -189,6 +189,33 @@ def test_what_is_not_converted_does_not_grow(at: Path) -> None:
     assert "Keys were fitted on 1,024 tokens of text.txt." in Path("more/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": [8, 9]}, "a memory of 64 experts has a cell for each, and its grid is 8x9"),
+        ({"pool_of": "model.layers.0.mlp"}, "the memory of model.layers.1.mlp has the pool of model.layers.0.mlp"),
+        (
+            {"topk": "4"},
+            "peer: layers.model.layers.1.mlp.elastic.memory.topk: input should be a valid integer, not '4'",
+        ),
+        (
+            {"num_experts": 2**30, "grid": [2**15, 2**15]},
+            "×8 in the file, and its config.json asks for",
+        ),
+    ],
+)
+def test_a_config_that_says_nonsense_of_a_memory_is_refused(at: Path, change: dict[str, Any], message: str) -> None:
+    """Of a folder that a stranger hands out."""
+    assert run(*GROW).exit_code == 0
+    config = json.loads(Path("grown/config.json").read_text())
+    config["peer"]["layers"]["model.layers.1.mlp"]["memory"] |= change
+    Path("grown/config.json").write_text(json.dumps(config))
+    result = run("eval", "grown", "--data", "text.txt")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_recipe_that_cannot_grow_is_refused_before_anything_is_converted(at: Path) -> None:
     tiny_checkpoint(at / "wide", intermediate_size=100)
     argv = ["convert", "wide", "x", "--calibration", "text.txt"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from peerify.modeling.modeling_peer import make_layer
+from peerify.modeling.peer_install import layers_below
 from peerify.modeling.peer_memory import Memory
 
 ELASTIC = {"kind": "elastic", "d_model": 16, "num_experts": 24, "bits": 4, "group": 16}
@@ -120,6 +121,20 @@ def test_gradients_reach_output_vectors_first() -> None:
     learned(layer.memory).zero_grad()
     layer(torch.randn(9, 16)).square().sum().backward()
     assert all(parameter.grad.any() for parameter in layer.memory.parameters())
+
+
+def test_a_part_of_a_model_has_its_layers_under_its_own_names() -> None:
+    whole = {
+        "model.language_model.layers.0.mlp": {"memory": SMALL},
+        "model.language_model.layers.1.mlp": {"memory": SMALL | {"pool_of": "model.language_model.layers.0.mlp"}},
+        "model.vision_tower.layers.0.mlp": ELASTIC,
+    }
+    part = layers_below(whole, lambda path: path.partition("language_model.")[2])
+    assert part == {
+        "layers.0.mlp": {"memory": SMALL},
+        "layers.1.mlp": {"memory": SMALL | {"pool_of": "layers.0.mlp"}},
+    }
+    assert whole["model.language_model.layers.1.mlp"]["memory"]["pool_of"] == "model.language_model.layers.0.mlp"
 
 
 def test_what_is_no_memory_is_refused() -> None:
