@@ -34,7 +34,7 @@ class Limits(NamedTuple):
 
 INTEL = Limits(  # Xeon with AMX
     budget={
-        torch.float32: ((1, 0.65), (2, 0.5), (4, 0.4), (6, 0.33), (8, 0.2)),
+        torch.float32: ((1, 0.6), (2, 0.5), (4, 0.4), (6, 0.33), (8, 0.2)),
         torch.bfloat16: ((1, 0.65), (2, 0.55), (3, 0.45), (4, 0.3), (6, 0.18), (8, 0.12)),
         torch.float16: ((1, 0.6), (2, 0.55), (3, 0.5), (4, 0.28), (6, 0.22), (8, 0.18)),
     },
@@ -67,7 +67,8 @@ def budget_pays(x_td: torch.Tensor, share: float) -> bool:
     """Whether keeping to that share of the bytes takes less time than evaluating all experts for these tokens."""
     if torch.compiler.is_compiling():  # kernels are not traced
         return False
-    return any(len(x_td) <= few and share <= most for few, most in limits().budget.get(x_td.dtype, ()))
+    tokens = len(x_td)
+    return any(tokens <= few and share <= most for few, most in limits().budget.get(x_td.dtype, ()))
 
 
 def reading_once_pays(x_td: torch.Tensor) -> bool:
