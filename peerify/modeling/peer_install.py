@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .peer_elastic import ElasticPEER
 from .peer_layer import PEER
-from .peer_memory import memory_of
+from .peer_memory import make_memory
 
 FORMAT = 2  # of the `peer` entry in config.json; raised when an older modeling_peer.py could not read it
 
@@ -23,7 +23,7 @@ def make_layer(options: dict[str, Any]) -> PEER | ElasticPEER:
     Raises:
         ValueError: it says something that layers no longer have.
     """
-    options, memory = dict(options), memory_of(options)
+    options, memory = dict(options), make_memory(options)
     options.pop("memory", None)
     layer = ElasticPEER(**options) if options.pop("kind", "product") == "elastic" else _product_keys(options)
     layer.memory = memory

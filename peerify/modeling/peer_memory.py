@@ -121,7 +121,7 @@ class Memory(nn.Module):
         )
 
 
-def memory_of(options: dict[str, Any]) -> Memory | None:
+def make_memory(options: dict[str, Any]) -> Memory | None:
     """The memory that a layer with these options of config.json has, None without "memory"."""
     own = options.get("memory")
     return Memory(**{name: options[name] for name in FORM if name in options}, **own) if own else None
