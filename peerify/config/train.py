@@ -150,14 +150,41 @@ class LisaConfig(Section):
     """Steps between two draws; what the optimizer knew of the blocks before is dropped."""
 
 
+class MemoryConfig(Section):
+    """Which experts learn: those that the new text uses much more than other text (2510.15103). Of models that were
+    grown, these are experts of memories."""
+
+    background: list[str] = Field(default=[], max_length=1000)
+    """Texts of the kinds that the model is not to forget; use of experts is counted against theirs."""
+
+    experts: float = Field(default=0.05, gt=0)
+    """How many of each layer's experts learn: a share up to 1, or a number."""
+
+    tokens: int = Field(default=16384, ge=1)
+    """Of the new text and of the background, on which use is counted at the start of the stage."""
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [] if value is None else [value]
+
+    @field_validator("experts")
+    @classmethod
+    def _share_or_number(cls, experts: float) -> float:
+        if experts > 1 and experts != int(experts):
+            raise ValueError(f"{experts:g} is no share of the experts, which is at most 1, and no whole number of them")
+        return experts
+
+
 class StageConfig(Section):
     """A part of the training with its own objectives, trainable parts and optimizer."""
 
     share: float = Field(default=1.0, gt=0)
     """Its part of the tokens, relative to the other stages' shares."""
 
-    train: Literal["peer", "peer+lora", "full", "lisa"] = "peer"
-    """What trains: the PEER layers, these and adapters on the rest, everything, or everything by turns."""
+    train: Literal["peer", "peer+lora", "full", "lisa", "memory"] = "peer"
+    """What trains: the PEER layers, these and adapters on the rest, everything, everything by turns, or those experts
+    that new text uses more than other text does."""
 
     objectives: ObjectiveConfig = ObjectiveConfig(kl=1.0)
     """The losses."""
@@ -170,6 +197,9 @@ class StageConfig(Section):
 
     lisa: LisaConfig = LisaConfig()
     """For train: lisa."""
+
+    memory: MemoryConfig = MemoryConfig()
+    """For train: memory."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
@@ -190,7 +220,7 @@ class StageConfig(Section):
     balance_rate: float = Field(default=0.0, ge=0)
     """Step of the bias that evens out retrieval without a loss (2408.15664), in spreads of the scores; 0: none."""
 
-    @field_validator("objectives", "optimizer", "lora", "lisa", mode="before")
+    @field_validator("objectives", "optimizer", "lora", "lisa", "memory", mode="before")
     @classmethod
     def _empty(cls, value: Any, info: Any) -> Any:
         return {"kl": 1.0} if value is None and info.field_name == "objectives" else {} if value is None else value
@@ -307,6 +337,10 @@ class TrainConfig(Section):
             return f"lora has no effect with train {stage.train}: set train peer+lora, or leave lora out"
         if stage.train != "lisa" and "lisa" in stage.model_fields_set:
             return f"lisa has no effect with train {stage.train}: set train lisa, or leave lisa out"
+        if stage.train != "memory" and "memory" in stage.model_fields_set:
+            return f"memory has no effect with train {stage.train}: set train memory, or leave memory out"
+        if stage.train == "memory":
+            return self._memory_fault(number, stage)
         if stage.train == "lisa" and optimizer.name == "galore":
             return "galore's subspaces outlive lisa's blocks: take adamw"
         if self.compile and stage.train == "lisa":
@@ -315,6 +349,22 @@ class TrainConfig(Section):
             return "layerwise reads the blocks' outputs, which compile hides: set train.compile false"
         if optimizer.router_scale == 0 and (objectives.load_balance or objectives.z_loss):
             return "load_balance and z_loss train the router, whose rate is 0: set optimizer.router_scale"
+        return None
+
+    def _memory_fault(self, number: int, stage: StageConfig) -> str | None:
+        background, objectives = stage.memory.background, stage.objectives
+        if not background:
+            return (
+                f"memory.background is empty, and use of experts is counted against it: set "
+                f"stages.{number}.memory.background to text of the kind that is not to be forgotten"
+            )
+        for source in self.data.sources:
+            if source.path in background:
+                return f"memory.background names {source.path}, which is learned: name text of other kinds"
+        if objectives.load_balance or objectives.z_loss or stage.balance_rate:
+            return "load_balance, z_loss and balance_rate move the router, which stays as it is: drop them"
+        if objectives.layerwise and self.compile:
+            return "layerwise reads the blocks' outputs, which compile hides: set train.compile false"
         return None
 
     def steps_of_stages(self) -> list[int]:

@@ -32,6 +32,7 @@ def check_training(recipe: Recipe) -> None:
     if not config.data.sources:
         raise DataError("train.data.sources is empty: name a text to train on, such as a .txt file")
     texts = [*(source.path for source in config.data.sources), config.evaluation.data, config.evaluation.test]
+    texts += [text for stage in config.stages for text in stage.memory.background]
     for text in texts:
         if text is not None:
             check_source(text)

@@ -17,6 +17,7 @@ from peerify.progress import Progress, teller
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training
 from peerify.training.footprint import idle_numbers, memory_of
+from peerify.training.sparse_memory import numbers_of
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -72,6 +73,8 @@ def _stage(
         group["name"]: sum(parameter.numel() for parameter in group["params"])
         for group in groups.parameter_groups(model, stage)
     }
+    if stage.train == "memory":
+        counts = {groups.EXPERTS: numbers_of(model, stage.memory)[0]}
     if stage.train == "peer+lora":
         counts["adapters"] = _adapter_parameters(model, stage.lora.rank)
     trainable, parameters = sum(counts.values()), _count(model)
@@ -84,7 +87,8 @@ def _stage(
     text = model.config.get_text_config()
     attention = text.num_hidden_layers * config.data.context * text.hidden_size  # causal: half of all pairs, twice
     # Forward; backward to the inputs; backward to what trains; forward of the teacher.
-    per_token = 2 * (2 * used + min(trainable, used)) + (2 * teacher if needs_teacher else 0) + 8 * attention
+    taught = _count_taught(model) if stage.train == "memory" else trainable  # gradients are of whole tables
+    per_token = 2 * (2 * used + min(taught, used)) + (2 * teacher if needs_teacher else 0) + 8 * attention
     names = [name for name, weight in stage.objectives.model_dump(exclude={"kl_topk"}).items() if weight]
     return {
         "stage": number,
@@ -115,6 +119,10 @@ def _adapter_parameters(model: Any, rank: int) -> int:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(inside) and module is not model.get_output_embeddings()
     )
+
+
+def _count_taught(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _count(model: nn.Module) -> int:

@@ -13,6 +13,7 @@ from peerify.config.train import StageConfig, TrainConfig
 from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.modeling.peer_memory import Memory
+from peerify.training.sparse_memory import numbers_of
 
 PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
 # Bytes of optimizer state per trainable parameter.
@@ -54,7 +55,8 @@ def memory_of(
         "teacher": 4 * teacher if stage.objectives.needs_teacher else 0,
     }
     step = {
-        "gradients": 4 * trainable,
+        # For train: memory, of a table at a time until its rows are taken out.
+        "gradients": 4 * (trainable + (numbers_of(model, stage.memory)[1] if stage.train == "memory" else 0)),
         "casts": 2 * parameters if half == 2 else 0,  # autocast keeps the half-precision copies of a step
         "activations": tokens * bytes_per_token,
         "copies": 4 * _copied_numbers(model),

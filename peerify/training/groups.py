@@ -14,6 +14,7 @@ from torch import nn
 from peerify.config.train import StageConfig
 from peerify.errors import UsageError
 from peerify.modules import blocks_around, peer_layers
+from peerify.training.sparse_memory import Rows, pools_of
 
 EXPERTS, ROUTER, DECAYED, REST = "experts", "router", "decayed", "rest"
 
@@ -26,10 +27,18 @@ def kind(name: str, parameter: nn.Parameter, peer_paths: set[str]) -> str:
     return DECAYED if parameter.dim() >= 2 else REST
 
 
-def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer, of what requires gradients: {"name", "params", "names", "lr", "weight_decay"}."""
+def parameter_groups(model: nn.Module, stage: StageConfig, rows: Rows | None = None) -> list[dict[str, Any]]:
+    """Groups for an optimizer, of what requires gradients: {"name", "params", "names", "lr", "weight_decay"}.
+
+    Args:
+        rows: for train: memory, what learns of the tables.
+    """
     paths = set(peer_layers(model))
     optimizer = stage.optimizer
+    if rows is not None:
+        names, params = list(rows.parameters), list(rows.parameters.values())
+        rate = optimizer.lr * optimizer.experts_scale
+        return [{"name": EXPERTS, "params": params, "names": names, "lr": rate, "weight_decay": 0.0}]
     scale = {EXPERTS: optimizer.experts_scale, ROUTER: optimizer.router_scale}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -86,6 +95,12 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
         )
         model = get_peft_model(model, lora)  # type: ignore[arg-type, assignment]
     paths = set(peer_layers(model))
+    if stage.train == "memory":  # the whole tables, since gradients are theirs; see sparse_memory.py
+        model.requires_grad_(False)
+        for pool in pools_of(model):
+            for table in pool.tables.values():
+                table.requires_grad_(True)
+        return model
     for name, parameter in model.named_parameters():
         group = kind(name, parameter, paths)
         trains = group in (EXPERTS, ROUTER) or stage.train in ("full", "lisa") or ".lora_" in name

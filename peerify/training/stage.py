@@ -10,8 +10,8 @@ import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from peerify.config.train import StageConfig, TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
 from peerify.progress import Progress
-from peerify.training import groups, objectives, state, validation
+from peerify.training import groups, objectives, sparse_memory, state, validation
 from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
@@ -55,6 +55,8 @@ class Run:
     """Called in the main process with checkpoints that hold a plain model, and their number."""
     recipe: dict[str, Any]
     """What a checkpoint must have been made with to go on from it."""
+    background_bt: dict[int, Tensor] = field(default_factory=dict)
+    """Number of a stage with train: memory -> windows of its background text."""
     select: Callable[[Any, StageConfig], Any] = groups.select_trainable
     """Sets what trains of a model; a dense one, as a measure of speed, has no PEER layers to go by."""
 
@@ -75,8 +77,12 @@ class Stage:
         if weights is not None and now.step_in_stage:
             state.put_weights(model, weights, str(checkpoint))
         del weights
+        saved = state.read_optimizer(checkpoint) if checkpoint is not None and now.step_in_stage else None
+        self.rows = None
+        if self.config.train == "memory":
+            self.rows = self._learning(model.to(accelerator.device), saved)
         _prepare_modules(model, run.config)
-        trains = self.config.optimizer.router_scale > 0
+        trains = self.config.optimizer.router_scale > 0 and self.rows is None
         terms = self.config.objectives
         with_losses = bool(terms.load_balance or terms.z_loss)
         self.router = StraightThrough(
@@ -87,21 +93,38 @@ class Stage:
         )
         self.model = distribute(model, accelerator)
         self.plain_optimizer = build_optimizer(
-            self.config.optimizer, groups.parameter_groups(self.unwrapped, self.config)
+            self.config.optimizer, groups.parameter_groups(self.unwrapped, self.config, self.rows)
         )
         self.optimizer = accelerator.prepare_optimizer(self.plain_optimizer)  # which minds fp16's scale
         self.rates = [group["lr"] for group in self.plain_optimizer.param_groups]
-        if checkpoint is not None and now.step_in_stage:
-            saved = state.read_optimizer(checkpoint)
-            if saved is not None:
-                state.put_optimizer_state(self.unwrapped, self.plain_optimizer, saved, str(checkpoint))
+        if saved is not None:
+            state.put_optimizer_state(self._trained(), self.plain_optimizer, saved, str(checkpoint))
+        self.open = ExitStack()
+
+    def _learning(self, model: Any, saved: dict[str, Any] | None) -> sparse_memory.Rows:
+        """For train: memory, the rows that learn: as the checkpoint says, or by the text that comes next."""
+        run, memory, pools = self.run, self.config.memory, sparse_memory.pools_of(model)
+        if self.now.step_in_stage:
+            return sparse_memory.Rows(pools, sparse_memory.saved_rows(saved, pools, memory, str(self.checkpoint)))
+        here, windows = run.windows.position(), max(1, memory.tokens // run.config.data.context)
+        new_bt = torch.from_numpy(run.windows.block(windows)).long()
+        run.windows.seek(here)
+        background_bt = run.background_bt[self.now.stage]
+        chosen = sparse_memory.choose(model, memory, new_bt, background_bt, run.accelerator.autocast)
+        return sparse_memory.Rows(pools, chosen)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer may move, by name."""
+        return dict(self.unwrapped.named_parameters()) if self.rows is None else self.rows.parameters
 
     def __enter__(self) -> Stage:
-        self.router.__enter__()
+        self.open.enter_context(self.router)
+        if self.rows is not None:
+            self.open.enter_context(self.rows.taken())
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.router.__exit__()
+        self.open.close()
         self.run.accelerator.free_memory(self.model, self.optimizer)
 
     @property
@@ -128,11 +151,13 @@ class Stage:
         norm = None
         if run.config.clip:
             accelerator.unscale_gradients(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.config.clip)
+            norm = nn.utils.clip_grad_norm_(self._trained().values(), run.config.clip)
         losses = self._losses(sums)
         self._check(losses["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.rows is not None:
+            self.rows.put()
         if config.balance_rate:
             self._balance()
         now.step += 1
@@ -265,7 +290,9 @@ class Stage:
     def save(self) -> Path:
         """Write a checkpoint inside the stage."""
         weights = state.weights_of(self.unwrapped)
-        optimizer = state.optimizer_state(self.unwrapped, self.plain_optimizer)
+        optimizer = state.optimizer_state(self._trained(), self.plain_optimizer)
+        if self.rows is not None:
+            optimizer[sparse_memory.ROWS] = {path: row_m.cpu() for path, row_m in self.rows.rows.items()}
         return self._save(weights, optimizer)
 
     def finish(self) -> Path:

@@ -91,9 +91,9 @@ def assign(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name, whole, on the CPU. Every process must call it."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+def optimizer_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state by the name of each parameter, whole, on the CPU. Every process must call it."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     result = {}
     for parameter, state in optimizer.state.items():
         result[names[parameter]] = {
@@ -104,14 +104,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 @torch.no_grad()
 def put_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]], where: str
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    states: dict[str, dict[str, Any]],
+    where: str,
 ) -> None:
     """The reverse of `optimizer_state`.
 
     Raises:
         CheckpointError: it names a parameter that does not train.
     """
-    parameters = dict(model.named_parameters())
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, state in states.items():
         parameter = parameters.get(name)

@@ -108,6 +108,7 @@ def _prepare(
     windows = Windows(config.data, ours.tokenizer, seed=config.seed, progress=tell)
     check_windows(torch.zeros(1, config.data.context, dtype=torch.int64), ours.model)
     test_bt = _test_windows(config, ours, tell)
+    background_bt = _background_windows(config, ours, tell)
     check_space(config, ours.model, folder)
     # Each stage loads a model of its own; of this one only the files beside the weights are wanted from here on.
     ours.model.to(torch.device("meta"))  # type: ignore[arg-type]
@@ -133,6 +134,7 @@ def _prepare(
         progress=tell,
         publish=_publisher(recipe, tell),
         recipe=described,
+        background_bt=background_bt,
     )
 
 
@@ -180,8 +182,9 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
         )
     sharded = is_sharded(accelerator)
     for number, stage in enumerate(config.stages):
-        if world > 1 and stage.train == "lisa":
-            raise UsageError(f"train.stages.{number}: lisa runs in one process: take full, or launch one")
+        if world > 1 and stage.train in ("lisa", "memory"):
+            other = "full" if stage.train == "lisa" else "peer"
+            raise UsageError(f"train.stages.{number}: {stage.train} runs in one process: take {other}, or launch one")
         if sharded and stage.optimizer.name in ("galore", "adamw8bit"):
             raise UsageError(
                 f"train.stages.{number}: {stage.optimizer.name} needs whole matrices, and FSDP shards them: take adamw"
@@ -246,6 +249,18 @@ def _test_windows(config: TrainConfig, ours: DenseModel, tell: Progress) -> torc
     return windows_bt
 
 
+def _background_windows(config: TrainConfig, ours: DenseModel, tell: Progress) -> dict[int, torch.Tensor]:
+    """Number of a stage with train: memory -> windows of its background text."""
+    found = {}
+    for number, stage in enumerate(config.stages):
+        if stage.train == "memory":
+            texts, context = stage.memory.background, config.data.context
+            tokens = max(stage.memory.tokens, context * len(texts))
+            found[number] = load_windows(texts, ours.tokenizer, context=context, max_tokens=tokens, progress=tell)
+            check_windows(found[number], ours.model)
+    return found
+
+
 def _publisher(recipe: Recipe, tell: Progress) -> Callable[[Path, int], None] | None:
     """Pushes every N-th checkpoint where the recipe's `hub.every` asks for it; training goes on if that fails."""
     hub = recipe.hub
@@ -292,6 +307,8 @@ def _write(run: Run, recipe: Recipe, ours: DenseModel, last: Path, result: dict[
             text["path"] = public_name(text["path"])
         if settings["evaluation"]["data"]:
             settings["evaluation"]["data"] = public_name(settings["evaluation"]["data"])
+        for stage in settings["stages"]:
+            stage["memory"]["background"] = [public_name(text) for text in stage["memory"]["background"]]
         kept = ("steps", "tokens", "final_loss", "perplexity", "best_step")
         record["training"] = {"recipe": settings, **{key: result[key] for key in kept}}
         record.pop("evaluation", None)  # of the model before it was trained

@@ -43,7 +43,7 @@ def make(folder: Path) -> None:
     windows.block(5)
     now = state.RunState(step=1, step_in_stage=1, position=windows.position(), losses=[2.5], recipe={"model": "a"})
     state._write(folder, state.weights_of(model), now)
-    torch.save(state.optimizer_state(model, optimizer), folder / "optimizer.pt")
+    torch.save(state.optimizer_state(dict(model.named_parameters()), optimizer), folder / "optimizer.pt")
 
 
 def read(folder: Path) -> None:
@@ -53,7 +53,7 @@ def read(folder: Path) -> None:
     state.put_weights(model, state.read_weights(folder), str(folder))
     states = state.read_optimizer(folder)
     if states is not None:
-        state.put_optimizer_state(model, optimizer, states, str(folder))
+        state.put_optimizer_state(dict(model.named_parameters()), optimizer, states, str(folder))
         optimizer.step()
     if now.position is not None:
         windows = _windows(folder)
