@@ -93,7 +93,7 @@ def test_recipes_load_and_plan(path: Path, tmp_path: Path, monkeypatch: pytest.M
     config, parameters = CONFIGS[path.parent.name]
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense/config.json").write_text(json.dumps(config))
-    for name in ("text.txt", "other.txt"):  # own-text.yaml reads files
+    for name in ("text.txt", "other.txt", "background.txt"):  # recipes for own text read files
         (tmp_path / name).write_text("some text\n")
     recipe = Recipe.load(path)
     assert recipe.output.startswith(path.parent.name.split("-instruct")[0]), "a folder of its own"
