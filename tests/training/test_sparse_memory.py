@@ -230,3 +230,11 @@ def test_a_checkpoint_that_does_not_say_who_learns_is_refused(here: Path) -> Non
             sparse_memory.saved_rows({sparse_memory.ROWS: good | {path: bad}}, pools, config, "here")
     with pytest.raises(CheckpointError):
         sparse_memory.saved_rows(None, pools, config, "here")
+
+
+def test_gradients_of_micro_batches_add_up(here: Path) -> None:
+    for size in (1, 4):
+        trained(f"train.output=by-{size}", micro_batch_size=size, **WITHOUT)
+    a, b = weights("by-1"), weights("by-4")
+    for name, table in a.items():
+        torch.testing.assert_close(table, b[name], rtol=1e-3, atol=1e-4)
