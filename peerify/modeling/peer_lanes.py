@@ -107,10 +107,7 @@ class Lanes:
 
 def first(b: Any, count: Any) -> Lanes:
     """True of so many of sixteen."""
-    counts = b.shuffle_vector(
-        b.insert_element(ir.Constant(WHOLE, ir.Undefined), b.trunc(count, I32), ir.Constant(I32, 0)),
-        ir.Constant(WHOLE, ir.Undefined), ir.Constant(WHOLE, [0] * LANES),
-    )  # fmt: skip
+    counts = splat(b, b.trunc(count, I32))
     return Lanes(b, b.icmp_signed("<", ir.Constant(WHOLE, list(range(LANES))), counts))
 
 
