@@ -41,21 +41,26 @@ def test_products_are_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(("gated", "gates"), [(True, "unit"), (False, "unit"), (True, "softmax"), (False, "sigmoid")])
-def test_a_layer_loses_nothing(gated: bool, gates: str, request: pytest.FixtureRequest) -> None:
-    ff, data = layer_problem(gated)
+def test_a_layer_loses_nothing(gated: bool, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On average: clusters tip at a rounding, so that a single layer's error may differ by 6 %."""
     config = PeerConfig(active=0.4, keys="product", gates=gates)
-    errors, reported = [], []
-    for half in (False, True):
-        if half:
-            request.getfixturevalue("half_products")
-        layer, _, error = convert_layer(ff, data, config)
-        assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
-        assert data.converted_td is not None
-        assert data.converted_td.dtype == torch.float32
-        errors.append(relative_error(layer(data.x_td), data.y_td))
-        reported.append(error)
-    assert errors[1] == pytest.approx(errors[0], rel=0.05)
-    assert reported[1] == pytest.approx(reported[0], rel=0.05)
+    ratios = []
+    for _ in range(8):
+        ff, data = layer_problem(gated)
+        errors = []
+        for half in (False, True):
+            with monkeypatch.context() as patch:
+                if half:
+                    patch.setattr(precision, "SMALLEST", 0)
+                    patch.setattr(precision, "_has_fast_bfloat16", lambda _: True)
+                layer, _, error = convert_layer(ff, data, config)
+            assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
+            assert data.converted_td is not None
+            assert data.converted_td.dtype == torch.float32
+            assert error == pytest.approx(relative_error(layer(data.x_td), data.y_td) ** 2, rel=0.01)
+            errors.append(error)
+        ratios.append(errors[1] / errors[0])
+    assert sum(ratios) / len(ratios) == pytest.approx(1, rel=0.03)
 
 
 @pytest.mark.parametrize("keys", ["copies", "product"])
