@@ -276,8 +276,8 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Windows that one process runs at once; gradients are accumulated over the rest. By default all of its share."""
 
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; weights and optimizer stay in float32."""
+    precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    """Mixed precision; weights and optimizer stay in float32. auto: bf16 where the device is faster with it, else no."""
 
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0: any."""

@@ -17,6 +17,7 @@ from peerify.progress import Progress, teller
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training
 from peerify.training.footprint import idle_numbers, memory_of
+from peerify.training.half import with_precision
 from peerify.training.sparse_memory import numbers_of
 
 
@@ -34,7 +35,7 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     Raises:
         PeerifyError: what the run itself would refuse: see `check_training`, `load_skeleton` and `check_space`.
     """
-    config = recipe.training
+    config = with_precision(recipe).training
     check_training(recipe)
     tell = teller(progress)
     tell("Planning", 0, 1)

@@ -29,6 +29,7 @@ from peerify.training.data import Windows
 from peerify.training.distribution import accelerator_on, forget_processes, is_sharded
 from peerify.training.groups import require_peer
 from peerify.training.loop import Outcome, run_stages
+from peerify.training.half import with_precision
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
 
@@ -51,11 +52,13 @@ def train_checkpoint(
         PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
             is NaN or jumps; StoppedError, without a message, in the other processes of a run that was stopped.
     """
-    config = recipe.training
     folder = recipe.run_folder
     check_start(recipe, resume=resume, overwrite=overwrite)
-    checkpoints = state.Checkpoints(folder, config.checkpoints.keep)
+    checkpoints = state.Checkpoints(folder, recipe.training.checkpoints.keep)
     latest = checkpoints.latest() if resume else None
+    begun = state.read_state(latest).recipe.get("train.precision") if latest is not None else None
+    recipe = with_precision(recipe, begun)
+    config = recipe.training
     described = {f"train.{key}": value for key, value in flatten(config.model_dump(mode="json")).items()}
     described |= {"model": recipe.model, "output": recipe.output}
     if latest is not None:

@@ -18,16 +18,16 @@ from peerify.conversion.precision import fast_products, product_dtype
 def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that gains by them, for products of any size."""
     monkeypatch.setattr(precision, "SMALLEST", 0)
-    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda _: True)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: True)
 
 
 def test_small_and_other_types_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda _: True)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: True)
     assert product_dtype(torch.empty(512, 512)) == torch.bfloat16
     assert product_dtype(torch.empty(511, 512)) == torch.float32
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         assert product_dtype(torch.empty(512, 512, dtype=dtype)) == dtype
-    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda _: False)
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda _: False)
     assert product_dtype(torch.empty(512, 512)) == torch.float32
 
 
@@ -52,7 +52,7 @@ def test_a_layer_loses_nothing(gated: bool, gates: str, monkeypatch: pytest.Monk
             with monkeypatch.context() as patch:
                 if half:
                     patch.setattr(precision, "SMALLEST", 0)
-                    patch.setattr(precision, "_has_fast_bfloat16", lambda _: True)
+                    patch.setattr(precision, "has_fast_bfloat16", lambda _: True)
                 layer, _, error = convert_layer(ff, data, config)
             assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
             assert data.converted_td is not None
