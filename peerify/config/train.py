@@ -277,7 +277,7 @@ class TrainConfig(Section):
     """Windows that one process runs at once; gradients are accumulated over the rest. By default all of its share."""
 
     precision: Literal["no", "bf16", "fp16", "auto"] = "no"
-    """Mixed precision; weights and optimizer stay in float32. auto: bf16 where the device is faster with it, else no."""
+    """Mixed precision; weights and optimizer stay in float32. auto: bf16 where the device is fast with it, or no."""
 
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0: any."""

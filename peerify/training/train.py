@@ -28,8 +28,8 @@ from peerify.training.checks import check_space, check_start
 from peerify.training.data import Windows
 from peerify.training.distribution import accelerator_on, forget_processes, is_sharded
 from peerify.training.groups import require_peer
-from peerify.training.loop import Outcome, run_stages
 from peerify.training.half import with_precision
+from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
 
