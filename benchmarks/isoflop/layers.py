@@ -130,5 +130,7 @@ def make(kind: str, d_model: int, *, experts: int, heads: int, topk: int, query_
         return Dense(d_model, round(macs / neuron))
     if kind == "pkm":
         return ProductKeyMemory(d_model, experts, heads, round((macs - routing) / d_model / heads), query_dim, norm)
-    mixture_of = max(2, round(experts * neuron / macs))
+    # Its router takes mixture_of * d_model, its experts have the rest each: about mixture_of * rest parameters.
+    root = math.sqrt(max(0, macs**2 - 4 * d_model * experts * neuron))
+    mixture_of = max(2, round((macs - root) / neuron))
     return Mixture(d_model, mixture_of, max(1, round((macs - mixture_of * d_model) / neuron)))

@@ -38,6 +38,7 @@ from peerify.usage import evenness
 
 PIECE, HELD_OUT = 20_000, 10  # characters; one piece in so many is held out
 RUNS = "dense@3e-3,moe@3e-3,pkm@3e-3,peer@3e-3"
+USE = (("usage", ".1%"), ("kl_uniform", ".2f"))  # of experts, with the form in which a table has it
 WARMUP, DECAY = 0.05, 0.1  # share of steps; AdamW's
 
 
@@ -112,6 +113,8 @@ def tokenized(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
         ids = [id_ for piece in bpe.encode_batch(part) for id_ in piece.ids]
         return torch.tensor(ids[: len(ids) // options.context * options.context]).view(-1, options.context)
 
+    if not parts[1]:
+        sys.exit(f"train.py: the texts have less than {PIECE * HELD_OUT:,} characters: none would be held out")
     train_bt, test_bt = windows(parts[0]), windows(parts[1])
     count = min(len(test_bt), options.test_tokens // options.context)
     return train_bt, test_bt[torch.linspace(0, len(test_bt) - 1, count).round().long()]
@@ -160,7 +163,7 @@ def trained(
             group["lr"] = rate * _factor(step, steps)
         ids_bt = train_bt[index_b[step * options.batch_size : (step + 1) * options.batch_size]]
         loss = model(input_ids=ids_bt, labels=ids_bt, use_cache=False).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         (loss + getattr(layer, "loss", 0)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -196,9 +199,8 @@ def tested(model: Any, layer: Any, test_bt: Tensor) -> dict[str, float]:
             experts = len(layer.experts) if hasattr(layer, "experts") else layer.keys.num_keys
             more_n = torch.bincount(found_tk.flatten(), minlength=experts).double()
             count_n = count_n + more_n if len(count_n) else more_n
-    used = evenness(count_n) if len(count_n) else {}
-    kept = {key: used[key] for key in ("usage", "kl_uniform") if key in used}
-    return {"perplexity": math.exp(loss / len(test_bt)), **kept}
+    used = dict(evenness(count_n)) if len(count_n) else {}
+    return {"perplexity": math.exp(loss / len(test_bt)), **{key: used[key] for key, _ in USE if key in used}}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -213,9 +215,6 @@ def markdown(results: dict[str, Any]) -> str:
         cells += [f"{rows[0]['macs']:,}", *use, round(statistics.mean(row["seconds"] for row in rows))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-USE = (("usage", ".1%"), ("kl_uniform", ".2f"))
 
 
 if __name__ == "__main__":
