@@ -27,6 +27,8 @@ from .peer_kernels import kernel, obstacle, run
 from .peer_many import ACTIVATIONS, BLOCK
 
 FEW = 8  # tokens, the most that the kernel is used for
+# Of the experts of a block where their keys lie: the bits of 4 and of 16 change places; see `key_products`.
+KEY_ORDER = [b & 0b101011 | (b >> 2 & 0b00100) | (b << 2 & 0b10000) for b in range(BLOCK)]
 CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do not depend on the threads
 
 
@@ -48,7 +50,7 @@ CHUNKS_AT_MOST = 16  # of blocks; each has a sum of its own, so that results do 
     EXPERTS,
     BLOCKS,
     KIND,  # of the activation function: `ACTIVATIONS`
-    KEY,  # uint8 (k, d, b): gate codes in the low halves, up codes in the high ones
+    KEY,  # uint8 (k, d, b) in `KEY_ORDER`: gate codes in the low halves, up codes in the high ones
     KEY_STEP,  # (k, g, 2, b), of gate and up
     KEY_N,  # uint8 (n, d): the keys once more, by experts
     KEY_STEP_N,  # (n, 2, g)
@@ -174,7 +176,7 @@ def pack(pool: Any) -> Packed:
     none = torch.zeros(n)
     biases = [none if bias is None else bias.float() for bias in (pool.gate_bias, pool.u_bias)]
     tables = [
-        by_inputs(key),
+        by_inputs(key)[..., KEY_ORDER],
         by_inputs(key_steps.transpose(1, 2)),
         key,
         key_steps,

@@ -57,7 +57,7 @@ from .peer_cpu_vectors import (
     full_dots,
     key_products,
 )
-from .peer_inputs_kernel import largest_inputs, pair_inputs, whole_numbers
+from .peer_inputs_kernel import digits, largest_inputs, pair_inputs
 from .peer_vectors import FAST, address, after, at, bytes_, fetch, floats, halves, take, words
 
 try:  # see peer_vectors.py
@@ -97,13 +97,13 @@ def _fetch_keys(frame: Any, k: int, part: int, rows: Any, pairs: int) -> None:
 
 @njit(fastmath=set(FAST), error_model="numpy")
 def _read(
-    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, whole: Any, z: Any, a: Any, tier: Any, y: Any, shift: Any,
+    frame: Any, u: Any, gate: Any, v: Any, k: int, x: Any, meet: Any, z: Any, a: Any, tier: Any, y: Any, shift: Any,
     source: Any, weights: Any, then: int, tier_then: Any, size: int, then_keys: int, rows: Any, pairs: int,
 ) -> None:  # fmt: skip
     """Add to `y` what a token reads of a block, less the middle of codes, whose weights go into `shift` (g,).
 
     Args:
-        x: inputs (d,); `whole`: those that meet codes, see `whole_numbers`.
+        x: inputs (d,); `meet`: what meets codes, see `dots`.
         z, a, tier: as of `decide`.
         source, weights: room for output vectors to be added, (e,) and (e, g).
         then, tier_then: the block that is read next, and how, or -1. Its experts are read ahead, one for each of this
@@ -113,7 +113,7 @@ def _read(
     d_model, padded, group, experts = frame[D_MODEL], frame[PADDED], frame[GROUP], frame[EXPERTS]
     groups, kind, bias, stride = padded // group, frame[KIND], floats(frame[BIAS]), frame[BLOCKS] * BLOCK
     code, step, found = bytes_(frame[CODE]), floats(frame[STEP]), 0
-    x_d, rest_d, step_g2, middle_g = whole
+    digit_id, step_g2, middle_g = meet
     for b in range(min(BLOCK, experts - k * BLOCK)):
         read, n = tier[b], k * BLOCK + b
         if then_keys >= 0:
@@ -133,12 +133,11 @@ def _read(
             if frame[INPUTS] < d_model:
                 key, key_step = after(bytes_(frame[KEY_N]), n * padded), floats(frame[KEY_STEP_N])
                 key_step = after(key_step, n * 2 * groups)
-                z_gate, z_u = dots(key, key_step, x_d, rest_d, step_g2, middle_g, groups, group, u)
+                z_gate, z_u = dots(key, key_step, digit_id, step_g2, middle_g, groups, group, u)
                 z_gate += bias[n]
                 z_u += bias[stride + n]
             more_gate, more_u = dots(
-                after(code, n * 2 * padded), after(step, n * 4 * groups), x_d, rest_d, step_g2, middle_g, groups,
-                group, u,
+                after(code, n * 2 * padded), after(step, n * 4 * groups), digit_id, step_g2, middle_g, groups, group, u,
             )  # fmt: skip
             activation = activated(z_gate + more_gate, kind) * (z_u + more_u)
         for copy in range(read):  # the coarse copy of the output vector, and what the fine one adds to it
@@ -169,11 +168,12 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     scale_d, reach_d = carray(floats(frame[SCALE]), d_model), carray(floats(frame[REACH]), d_model)
     key, key_step = bytes_(frame[KEY]), floats(frame[KEY_STEP])
     bits_d, read_d, scaled_d = np.empty(d_model, np.int32), np.empty(d_model, np.int64), np.zeros(padded, np.float32)
-    whole_td, rest_td = np.zeros((tokens, padded), np.int16), np.zeros((tokens, padded), np.int16)
+    count_of = 3 if size == 4 else 2  # as `digits_of` the experts
+    digit_tid = np.zeros((tokens, count_of, padded), np.int8)
     step_tg2, middle_tg = np.empty((tokens, groups, 2), np.float32), np.empty((tokens, groups), np.float32)
     # What is read, in pairs; see `pair_inputs`.
     pairs = (d_model + groups + 1) // 2
-    row_tp2, number_tp2 = np.empty((tokens, pairs, 2), np.int32), np.empty((tokens, pairs, 2), np.int32)
+    row_tp2, number_tp4 = np.empty((tokens, pairs, 2), np.int32), np.empty((tokens, pairs, 4), np.int16)
     start_tg, read_middle_tg = np.empty((tokens, groups + 1), np.int64), np.empty((tokens, groups), np.float32)
     omitted_t, shift_tg = np.empty(tokens, np.float32), np.zeros((tokens, groups), np.float32)
     # Of this block, and of the one before.
@@ -186,14 +186,14 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
     source_e, weight_eg = np.empty(2 * BLOCK + TOGETHER, np.int64), np.empty((2 * BLOCK + TOGETHER, groups), np.float32)
     for t in range(tokens):
         for g in range(groups):
-            whole_numbers(
-                at(x_td, t * d_model), at(scale_d, 0), g * group, min(d_model, (g + 1) * group), at(scaled_d, 0),
-                at(whole_td, t * padded), at(rest_td, t * padded), at(step_tg2, (t * groups + g) * 2),
-                at(middle_tg, t * groups + g),
+            digits(
+                at(x_td, t * d_model), at(scale_d, 0), g * group, min(d_model, (g + 1) * group), padded,
+                at(scaled_d, 0), at(digit_tid, t * count_of * padded), at(step_tg2, (t * groups + g) * 2),
+                at(middle_tg, t * groups + g), u,
             )  # fmt: skip
         count, omitted_t[t] = largest_inputs(x_td, t, reach_d, inputs, bits_d, read_d)
-        out = row_tp2[t], number_tp2[t], start_tg[t], read_middle_tg[t]
-        pair_inputs(read_d, count, group, scaled_d, whole_td[t], rest_td[t], out)
+        out = row_tp2[t], number_tp4[t], start_tg[t], read_middle_tg[t]
+        pair_inputs(read_d, count, group, scaled_d, digit_tid[t], out)
     chunk, k, t, end, slot = 0, 0, 0, 0, 0
     chunk_before, k_before, t_before = -1, -1, -1
     while True:
@@ -206,7 +206,7 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
             z, tier = at(z_2b, 2 * BLOCK * slot), at(tier_2b, BLOCK * slot)
             key_products(
                 after(key, k * padded * BLOCK), after(key_step, k * groups * 2 * BLOCK), at(row_tp2, t * pairs * 2),
-                at(number_tp2, t * pairs * 2), at(start_tg, t * (groups + 1)), at(step_tg2, t * groups * 2),
+                at(number_tp4, t * pairs * 4), at(start_tg, t * (groups + 1)), at(step_tg2, t * groups * 2),
                 at(read_middle_tg, t * groups), groups, z, u,
             )  # fmt: skip
             decide(
@@ -221,8 +221,8 @@ def _work(frame: Any, u: Any, gate: Any, v: Any, size: int) -> None:
             _read(
                 frame, u, gate, v, k_before, at(x_td, t_before * d_model),
                 (
-                    at(whole_td, t_before * padded), at(rest_td, t_before * padded),
-                    at(step_tg2, t_before * groups * 2), at(middle_tg, t_before * groups),
+                    at(digit_tid, t_before * count_of * padded), at(step_tg2, t_before * groups * 2),
+                    at(middle_tg, t_before * groups),
                 ), at(z_2b, 2 * BLOCK * slot), at(a_2b, BLOCK * slot),
                 at(tier_2b, BLOCK * slot), at(parts_ctd, (chunk_before * tokens + t_before) * padded),
                 at(shift_tg, t_before * groups), at(source_e, 0), at(weight_eg, 0),

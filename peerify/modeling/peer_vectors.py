@@ -23,7 +23,12 @@ LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FAST = ("contract", "reassoc", "nsz", "arcp", "afn")  # of fast arithmetic what leaves numbers that are none as they are
 VECTOR, CODES, WHOLE = (ir.VectorType(kind, LANES) for kind in (F32, I8, I32))
-PAIRS = ir.VectorType(I16, 2 * LANES)
+OF_PAIRS = (  # what an instruction needs, bits of a number and of a vector, and its name
+    ("+avx512bw", 8, 512, "llvm.x86.avx512.pmaddubs.w.512"),
+    ("+avx512bw", 16, 512, "llvm.x86.avx512.pmaddw.d.512"),
+    ("+avx2", 8, 256, "llvm.x86.avx2.pmadd.ub.sw"),
+    ("+avx2", 16, 256, "llvm.x86.avx2.pmadd.wd"),
+)
 
 
 def instructions() -> str:
@@ -31,10 +36,10 @@ def instructions() -> str:
     return str(cpu_target.target_context.codegen()._tm_features)
 
 
-def splat(b: Any, value: Any) -> Any:
-    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+def splat(b: Any, value: Any, count: int = LANES) -> Any:
+    nothing = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     first = b.insert_element(nothing, value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, nothing, ir.Constant(WHOLE, [0] * LANES))
+    return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
 def load(b: Any, pointer: Any, place: Any, kind: Any) -> Any:
@@ -46,28 +51,38 @@ def store(b: Any, value: Any, pointer: Any, place: Any) -> None:
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    return _call(b, f"llvm.fma.v{LANES}f32", VECTOR, x, y, z)
+    return _call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
 
 def products_of_pairs(b: Any, x: Any, y: Any, has: str) -> Any:
-    """x0 y0 + x1 y1, x2 y2 + x3 y3, ... of whole numbers of 16 bits, in 32 bits.
+    """x0 y0 + x1 y1, x2 y2 + x3 y3, ... of whole numbers of 8 or 16 bits, in twice as many.
 
-    Processors do it in one instruction, which LLVM does not always find. Args: has: see `instructions`.
+    Processors do it in one instruction, which LLVM does not always find. Of 8 bits x has no signs, and sums must fit.
+    Args: has: see `instructions`.
     """
-    if "+avx512bw" in has:
-        return _call(b, "llvm.x86.avx512.pmaddw.d.512", WHOLE, x, y)
-    first, rest = (ir.Constant(WHOLE, [*range(at, at + LANES)]) for at in (0, LANES))
-    if "+avx2" in has:
-        half = ir.VectorType(I32, LANES // 2)
-        low, high = (
-            _call(b, "llvm.x86.avx2.pmadd.wd", half, *(b.shuffle_vector(each, each, part) for each in (x, y)))
-            for part in (first, rest)
-        )
-        return b.shuffle_vector(low, high, first)
-    wide = ir.VectorType(I32, 2 * LANES)
-    product = b.mul(b.sext(x, wide), b.sext(y, wide))
-    even, odd = (ir.Constant(WHOLE, [*range(at, 2 * LANES, 2)]) for at in (0, 1))
-    return b.add(b.shuffle_vector(product, product, even), b.shuffle_vector(product, product, odd))
+    bits, count = x.type.element.width, x.type.count
+    instruction = next((name for need, *for_, name in OF_PAIRS if for_ == [bits, bits * count] and need in has), None)
+    twice = ir.IntType(2 * bits)
+    if instruction is not None:
+        return _call(b, instruction, ir.VectorType(twice, count // 2), x, y)
+    if bits * count > 256 and "+avx2" in has:
+        halves = [products_of_pairs(b, *(part(b, each, at, count // 2) for each in (x, y)), has) for at in (0, 1)]
+        return b.shuffle_vector(*halves, places(range(count // 2)))
+    wide = ir.VectorType(twice, count)
+    product = b.mul((b.zext if bits == 8 else b.sext)(x, wide), b.sext(y, wide))
+    even, odd = (b.shuffle_vector(product, product, places(range(at, count, 2))) for at in (0, 1))
+    return b.add(even, odd)
+
+
+def places(order: Any) -> Any:
+    """The places of a vector, or of two after one another, as a mask for `shuffle_vector`."""
+    order = list(order)
+    return ir.Constant(ir.VectorType(I32, len(order)), order)
+
+
+def part(b: Any, vector: Any, which: int, count: int) -> Any:
+    """So many numbers of a vector: the first, the second, ... of its parts."""
+    return b.shuffle_vector(vector, vector, places(range(which * count, (which + 1) * count)))
 
 
 def _call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -80,8 +95,8 @@ def maximum_of(b: Any, vector: Any) -> Any:
 
 
 def sum_of(b: Any, vector: Any) -> Any:
-    kind = ir.FunctionType(F32, [F32, VECTOR])
-    add = cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    kind = ir.FunctionType(F32, [F32, vector.type])
+    add = cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.fadd.v{vector.type.count}f32")
     return b.call(add, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
 
 

@@ -354,8 +354,10 @@ def test_generation_uses_it(converted: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [1] * (3 * 3), "three layers, three tokens after the one that the prompt gives"
 
 
-@pytest.mark.parametrize("has", ["+avx512bw", "+avx2", ""])
-def test_products_of_pairs_with_every_instruction(has: str, seed: int) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("has", ["+avx512bw,+avx2", "+avx2", ""])
+def test_products_of_pairs_with_every_instruction(has: str, size: int, bits: int, seed: int) -> None:
     """Also with those of processors that this one can stand for."""
     numba, numpy = pytest.importorskip("numba"), pytest.importorskip("numpy")
     from llvmlite import ir
@@ -363,15 +365,16 @@ def test_products_of_pairs_with_every_instruction(has: str, seed: int) -> None:
 
     from peerify.modeling import peer_vectors
 
-    if has not in peer_vectors.instructions():
-        pytest.skip(f"this processor has no {has[1:]}")
+    if not all(each in peer_vectors.instructions() for each in has.split(",")):
+        pytest.skip(f"this processor has not all of {has}")
+    vector = ir.VectorType(ir.IntType(bits), size // bits)
 
     @intrinsic
     def products(_: Any, x: Any, y: Any, z: Any) -> Any:
         def build(_: Any, b: Any, __: Any, values: Any) -> Any:
             *factors, z = values
             zero = ir.Constant(peer_vectors.I64, 0)
-            x, y = (peer_vectors.load(b, factor, zero, peer_vectors.PAIRS) for factor in factors)
+            x, y = (peer_vectors.load(b, factor, zero, vector) for factor in factors)
             found = peer_vectors.products_of_pairs(b, x, y, has)
             b.store(found, b.bitcast(z, ir.PointerType(found.type)), align=1)
 
@@ -382,8 +385,40 @@ def test_products_of_pairs_with_every_instruction(has: str, seed: int) -> None:
         products(peer_vectors.at(x, 0), peer_vectors.at(y, 0), peer_vectors.at(z, 0))
 
     random = numpy.random.default_rng(seed)
-    x, y = (random.integers(-32767, 32768, 32).astype(numpy.int16) for _ in range(2))
-    z = numpy.empty(16, numpy.int32)
-    run(x, y, z)
-    expected = (x.astype(numpy.int64) * y).reshape(16, 2).sum(1)
-    assert (z == expected.astype(numpy.int32)).all()
+    if bits == 8:  # codes without signs, and digits
+        factors = (
+            random.integers(0, 16, vector.count, numpy.uint8),
+            random.integers(-128, 128, vector.count, numpy.int8),
+        )
+    else:
+        factors = tuple(random.integers(-32767, 32768, vector.count).astype(numpy.int16) for _ in range(2))
+    z = numpy.empty(vector.count // 2, f"int{2 * bits}")
+    run(*factors, z)
+    x, y = (factor.astype(numpy.int64) for factor in factors)
+    assert (z == (x * y).reshape(-1, 2).sum(1).astype(z.dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])  # uint16: bits of bfloat16
+def test_digits_are_the_input(dtype: str, seed: int) -> None:
+    """Also the largest one, which a rounding may carry beyond the largest whole number."""
+    numba, numpy = pytest.importorskip("numba"), pytest.importorskip("numpy")
+    from peerify.modeling.peer_inputs_kernel import digits
+    from peerify.modeling.peer_vectors import at
+
+    @numba.njit
+    def run(x: Any, scale: Any, scaled: Any, digit: Any, step: Any, middle: Any, table: Any) -> None:
+        digits(
+            at(x, 0), at(scale, 0), 0, len(x), len(x), at(scaled, 0), at(digit, 0), at(step, 0), at(middle, 0),
+            at(table, 0),
+        )  # fmt: skip
+
+    random, count = numpy.random.default_rng(seed), 3 if dtype == "float32" else 2
+    for _ in range(200):
+        x = (random.standard_normal(32) * 10.0 ** random.uniform(-8, 8)).astype(numpy.float32)
+        scaled, step = numpy.empty_like(x), numpy.empty(2, numpy.float32)
+        digit, middle = numpy.empty(count * 32, numpy.int8), numpy.empty(1, numpy.float32)
+        run(x, numpy.ones_like(x), scaled, digit, step, middle, numpy.empty(1, dtype))
+        whole = sum(part.astype(numpy.int64) * 256**i for i, part in enumerate(digit.reshape(count, 32)))
+        assert abs(whole * step[0].astype(numpy.float64) - x).max() <= 1.01 * max(step[0] / 2, 2e-7 * abs(x).max())
+        assert step[1] == pytest.approx(float(step[0]) * 256**2)
+        assert middle[0] == pytest.approx(-7.5 * x.sum(dtype=numpy.float64), rel=1e-4, abs=1e-5 * float(abs(x).max()))
