@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peerify.modeling.peer_products import has_bfloat16
+
 SMALLEST = 2**18  # elements: products of less take no time to speak of, and may as well be exact
 
 
@@ -25,6 +27,6 @@ def fast_products(x: Tensor) -> torch.autocast:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products in bfloat16; a CPU without them takes 40 times as long."""
-    if device.type == "cpu":  # torch has no public word for it
-        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    if device.type == "cpu":
+        return has_bfloat16()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -5,8 +5,8 @@ For few tokens there are three: PyTorch's products with all experts, the kernel 
 (peer_full.py), and the one that keeps to the budget (peer_cpu.py). Processors differ in all three. PyTorch's products
 are a library of Intel's, which with one token reads memory twice as fast on Intel's processors as on others.
 
-All figures are from benchmarks/speed/few_tokens.py, on two cores with AVX-512. With more cores for the same memory the
-budget would pay at larger shares.
+All figures are from benchmarks/speed/few_tokens.py, on two cores. With more cores for the same memory the budget would
+pay at larger shares.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Limits(NamedTuple):
     full: dict[torch.dtype, tuple[int, int]]
 
 
-INTEL = Limits(  # Xeon with AMX
+INTEL = Limits(  # Xeon with AVX-512 and AMX
     budget={
         torch.float32: ((1, 0.6), (2, 0.5), (4, 0.4), (6, 0.33), (8, 0.2)),
         torch.bfloat16: ((1, 0.65), (2, 0.55), (3, 0.45), (4, 0.3), (6, 0.18), (8, 0.12)),
@@ -40,7 +40,7 @@ INTEL = Limits(  # Xeon with AMX
     },
     full={torch.float32: (3, 8), torch.bfloat16: (1, 8), torch.float16: (1, 8)},
 )
-AMD = Limits(  # EPYC
+AMD = Limits(  # EPYC with AVX-512
     budget={
         torch.float32: ((1, 0.6), (2, 0.25), (4, 0.15)),
         torch.bfloat16: ((1, 0.25),),
@@ -48,7 +48,17 @@ AMD = Limits(  # EPYC
     },
     full={torch.float32: (1, 8), torch.bfloat16: (1, 8)},
 )
-OTHERS = Limits(AMD.budget, full={torch.float32: (3, 8), torch.bfloat16: (1, 8)})  # not measured: what pays on both
+AMD_AVX2 = Limits(  # EPYC of the first generations, without AVX-512
+    budget={
+        torch.float32: ((1, 0.4), (2, 0.25), (3, 0.2), (6, 0.12)),
+        torch.bfloat16: ((3, 0.2), (8, 0.13)),
+        torch.float16: ((3, 0.2), (8, 0.12)),
+    },
+    full={torch.float32: (1, 8), torch.bfloat16: (1, 8), torch.float16: (1, 8)},
+)
+# Not measured: what pays on the others.
+INTEL_AVX2 = Limits(AMD_AVX2.budget, INTEL.full)
+OTHERS = Limits(AMD.budget, full={torch.float32: (3, 8), torch.bfloat16: (1, 8)})
 
 
 @functools.cache
@@ -60,7 +70,10 @@ def limits() -> Limits:
         return OTHERS
     if platform.machine() not in ("x86_64", "AMD64"):
         return OTHERS
-    return AMD if binding.get_host_cpu_name().startswith(("znver", "bdver", "btver")) else INTEL
+    amd = binding.get_host_cpu_name().startswith(("znver", "bdver", "btver"))
+    if binding.get_host_cpu_features().get("avx512bw"):
+        return AMD if amd else INTEL
+    return AMD_AVX2 if amd else INTEL_AVX2
 
 
 def budget_pays(x_td: torch.Tensor, share: float) -> bool:

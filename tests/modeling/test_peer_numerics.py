@@ -11,6 +11,8 @@ from peer_reference import make, normals
 from torch import Tensor
 from torch.nn import functional as F
 
+from peerify.modeling import peer_products
+
 GRADIENT_CASES: list[dict[str, Any]] = [
     {"gates": "softmax", "query_dim": 4, "query_norm": True, "output_bias": True},
     {"gates": "sigmoid", "gated": True, "expert_bias": True, "gate_bias": True, "share_keys": False, "key_bias": True},
@@ -99,3 +101,22 @@ def test_bfloat16(gates: str, tokens: int, seed: int) -> None:
         if gates != "unit" or not name.startswith("keys."):
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_products_that_a_cpu_lacks_are_taken_in_float32(
+    dtype: torch.dtype, tokens: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the exact products, rounded once."""
+    monkeypatch.setattr(peer_products, "LACKS_BFLOAT16", True)
+    torch.manual_seed(seed)
+    x_ti, w_oi, b_o = (torch.randn(*shape).to(dtype) for shape in ((tokens, 96), (80, 96), (80,)))
+    a_tn, v_nd = (torch.randn(*shape).to(dtype) for shape in ((tokens, 96), (96, 80)))
+    for got, exact in (
+        (peer_products.linear(x_ti, w_oi, b_o), x_ti.double() @ w_oi.double().T + b_o.double()),
+        (peer_products.combined(a_tn, v_nd), a_tn.double() @ v_nd.double()),
+    ):
+        assert got.dtype == dtype
+        error = (got.double() - exact).abs().max() / exact.abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps
