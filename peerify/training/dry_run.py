@@ -18,6 +18,7 @@ from peerify.training import groups
 from peerify.training.checks import check_space, check_training
 from peerify.training.footprint import idle_numbers, memory_of
 from peerify.training.sparse_memory import numbers_of
+from peerify.training.tables import require_memory
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     parameters = _count(model)
     stages, steps = [], config.steps_of_stages()
     for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
+        require_memory(model, number, stage.optimizer)
         stages.append(_stage(model, config, number, stage, count, dense_parameters))
     tell("Planning", 1, 1)
     trainable = max(stage["trainable"] for stage in stages)

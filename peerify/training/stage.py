@@ -24,7 +24,7 @@ from peerify.config.train import StageConfig, TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
 from peerify.progress import Progress
-from peerify.training import groups, objectives, sparse_memory, state, validation
+from peerify.training import groups, objectives, sparse_memory, state, tables, validation
 from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
@@ -91,7 +91,9 @@ class Stage:
             every=1 if with_losses else self.config.router_every,
             with_losses=with_losses,
         )
-        self.model = distribute(model, accelerator)
+        by_rows = self.config.optimizer.by_rows
+        self.model = distribute(model, accelerator, leave=list(tables.tables_of(model)) if by_rows else [])
+        self.tables = list(tables.tables_of(self.unwrapped).values()) if by_rows else []
         self.plain_optimizer = build_optimizer(
             self.config.optimizer, groups.parameter_groups(self.unwrapped, self.config, self.rows)
         )
@@ -151,7 +153,7 @@ class Stage:
         norm = None
         if run.config.clip:
             accelerator.unscale_gradients(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self._trained().values(), run.config.clip)
+            norm = tables.clip(self._trained().values(), run.config.clip)
         losses = self._losses(sums)
         self._check(losses["loss"], norm)
         self.optimizer.step()
@@ -192,8 +194,10 @@ class Stage:
                 loss, pieces = self._loss(ids, used, predicted, tokens)
                 # Data parallelism averages gradients over processes; ours are parts of one sum.
                 accelerator.backward(loss * world)
+            tables.in_order(*self.tables)
             sums += torch.stack([loss.detach().double().cpu(), *(piece.detach().double().cpu() for piece in pieces)])
         if world > 1:
+            tables.add_up(self.tables, accelerator)
             sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
         return sums
 

@@ -31,6 +31,7 @@ from peerify.training.groups import require_peer
 from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
+from peerify.training.tables import require_memory
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,11 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
         if world > 1 and stage.train in ("lisa", "memory"):
             other = "full" if stage.train == "lisa" else "peer"
             raise UsageError(f"train.stages.{number}: {stage.train} runs in one process: take {other}, or launch one")
+        if sharded and stage.optimizer.by_rows:
+            raise UsageError(
+                f"train.stages.{number}.optimizer.tables {stage.optimizer.tables} needs whole tables, and FSDP shards "
+                "them: set it to same, or launch with DDP"
+            )
         if sharded and stage.optimizer.name in ("galore", "adamw8bit"):
             raise UsageError(
                 f"train.stages.{number}: {stage.optimizer.name} needs whole matrices, and FSDP shards them: take adamw"
@@ -207,6 +213,7 @@ def _check_model(ours: DenseModel, recipe: Recipe) -> None:
         raise UsageError(f"{recipe.output} is a {type(model).__name__}: only causal language models can be trained")
     layers = {path: layer for path, layer in require_peer(model).items() if hasattr(layer, "keys")}
     for number, stage in enumerate(recipe.training.stages):
+        require_memory(model, number, stage.optimizer)
         terms = stage.objectives
         wanted = {"balance_rate": stage.balance_rate, "objectives.load_balance": terms.load_balance}
         wanted["objectives.z_loss"] = terms.z_loss
