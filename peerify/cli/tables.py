@@ -247,6 +247,20 @@ def print_training_plan(plan: Mapping[str, Any]) -> None:
         f"tokens, {plan['tokens']:,} tokens and {_count(plan['flops'])} FLOPs in all; checkpoints take up to "
         f"{_bytes(plan['checkpoint_bytes'])}"
     )
+    if plan["tables"]:
+        _print_table_costs(console, plan["tables"])
+
+
+def _print_table_costs(console: Console, tables: Mapping[str, Any]) -> None:
+    """What the experts of memories take with each optimizer of tables."""
+    table = _table("optimizer", ">state", ">gradients")
+    for name, size in tables["state_bytes"].items():
+        table.add_row(name, _bytes(size), _bytes(tables["gradient_bytes"][name]))
+    console.print(
+        f"{tables['experts']:,} experts of memories, {_count(tables['parameters'])} parameters, take with "
+        "stages.N.optimizer.name (tables: same) or stages.N.optimizer.tables:"
+    )
+    console.print(table)
 
 
 def _topk(layer: Mapping[str, Any]) -> str:

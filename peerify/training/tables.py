@@ -2,8 +2,8 @@
 
 AdamW keeps two numbers for each one of a table, and each of its steps reads and writes all of them. Here a step takes
 time and memory by the rows that it retrieved, and the state is at most one number for each row: row-wise Adagrad, which
-adds up the mean square of a row's gradients (FBGEMM's EXACT_ROWWISE_ADAGRAD), or plain SGD. Both leave a row as it is, to
-the bit, that has no gradient. Tables are those of memories; their gradients are sparse, as of
+adds up the mean square of a row's gradients (FBGEMM's EXACT_ROWWISE_ADAGRAD), or plain SGD. Both leave a row as it is,
+to the bit, that has no gradient. Tables are those of memories; their gradients are sparse, as of
 torch.nn.Embedding(sparse=True).
 
 Suffixes: n rows of a table, d d_model, s rows that a step retrieved, in ascending order.
@@ -131,14 +131,3 @@ def clip(parameters: Iterable[Tensor], largest: float) -> Tensor:
             parameter.grad = values
         holders.append(parameter)
     return nn.utils.clip_grad_norm_(holders, largest)
-
-
-def state_bytes(num_experts: int, d_model: int, vectors: int) -> dict[str, int]:
-    """Optimizer -> bytes of its state for the tables of one pool, of `vectors` each, in float32."""
-    numbers = num_experts * d_model * vectors
-    return {
-        "adamw": 8 * numbers,
-        "adafactor": 4 * vectors * (num_experts + d_model),
-        "rowwise_adagrad": 4 * vectors * num_experts,
-        "sgd": 0,
-    }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training_grown import GROW as SMALL
@@ -15,12 +17,13 @@ from test_training_grown import KEYS, POOL
 from test_training_resume import die, kill_self
 from training_runs import files, log, recipe, trained, weights  # noqa: F401
 
+from peerify import cli
 from peerify.checkpoint.load import load_for_eval
 from peerify.config.recipe import Recipe
 from peerify.config.train import OptimizerConfig, StageConfig, TrainConfig
 from peerify.conversion.growth_checkpoint import grow_checkpoint
 from peerify.errors import CheckpointError, UsageError
-from peerify.training import groups, stage, state, tables
+from peerify.training import footprint, groups, stage, state, tables
 from peerify.training import train as training
 from peerify.training.dry_run import plan_training
 from peerify.training.optimizers import build_optimizer
@@ -270,3 +273,53 @@ def test_models_without_tables_and_shards_are_refused(here: Path, monkeypatch: p
     monkeypatch.setattr(training, "is_sharded", lambda _: True)
     with pytest.raises(UsageError, match="FSDP shards them: set it to same, or launch with DDP"):
         trained(**WITHOUT)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "rowwise_adagrad", "sgd"])
+def test_stated_states_are_those_that_optimizers_keep(name: Any) -> None:
+    made = [torch.nn.Parameter(torch.ones(50, 7)) for _ in range(3)]
+    rows = name in footprint.BY_ROWS
+    config = OptimizerConfig(tables=name) if rows else OptimizerConfig(name=name)
+    optimizer = build_optimizer(config, [{"name": tables.TABLES if rows else "experts", "params": made, "lr": 1e-3}])
+    for table in made:
+        table.grad = torch.ones(50, 7).to_sparse(1) if rows else torch.ones(50, 7)
+    optimizer.step()
+    kept = [part for state in optimizer.state.values() for part in state.values() if torch.is_tensor(part)]
+    assert footprint.state_bytes(50, 7, 3)[name] == 4 * sum(part.numel() for part in kept if part.dim())
+
+
+def test_the_plan_tells_what_optimizers_of_tables_take(grown: Path, here: Path) -> None:
+    plans = {
+        name: plan_training(recipe("output=grown", f"train.stages.0.optimizer.tables={name}", **WITHOUT))
+        for name in ("same", "rowwise_adagrad", "sgd")
+    }
+    costs = plans["same"]["tables"]
+    assert all(plan["tables"] == costs for plan in plans.values())
+    numbers = 10_000 * 3 * 16
+    assert (costs["experts"], costs["parameters"]) == (10_000, numbers)
+    assert costs["state_bytes"]["adamw"] == 8 * numbers
+    assert costs["state_bytes"]["rowwise_adagrad"] == 4 * 3 * 10_000
+    found = 4 * 32 * 2 * 4 * 2  # windows, tokens, heads, experts of each, layers that share the pool
+    assert costs["gradient_bytes"] == dict.fromkeys(("adamw", "adafactor"), 4 * numbers) | dict.fromkeys(
+        ("rowwise_adagrad", "sgd"), 4 * found * 3 * 16
+    )
+    memory = {name: plan["stages"][0]["memory"] for name, plan in plans.items()}
+    assert memory["same"]["optimizer"] - memory["rowwise_adagrad"]["optimizer"] == 8 * numbers - 4 * 3 * 10_000
+    assert memory["same"]["gradients"] - memory["sgd"]["gradients"] == 4 * (numbers - found * 3 * 16)
+    assert plans["same"]["checkpoint_bytes"] > plans["sgd"]["checkpoint_bytes"] + 8 * numbers
+    assert {group for plan in plans.values() for group in plan["stages"][0]["groups"]} == {
+        "experts",
+        "router",
+        "tables",
+    }
+    assert plan_training(recipe())["tables"] is None
+
+    shown = CliRunner().invoke(cli.cli, ["train", "r.yaml", "--set", "output=grown", "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "10,000 experts of memories" in shown.output
+    assert "rowwise_adagrad" in shown.output
+    listed = CliRunner().invoke(cli.cli, ["train", "r.yaml", "--set", "output=grown", "--dry-run", "--json"])
+    assert json.loads(listed.stdout)["tables"] == costs
