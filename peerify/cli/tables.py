@@ -202,6 +202,12 @@ def print_training(result: Mapping[str, Any], *, last: bool = True) -> None:
     console.print(f"{result['steps']:,} steps, {result['tokens']:,} tokens{loss}")
     if result["perplexity"] is not None:
         console.print(f"smallest perplexity measured on the way: {result['perplexity']:.2f}")
+    for path, use in result["use"].items():
+        console.print(
+            f"{path}: the last {use['tokens']:,.0f} tokens found {use['used']:.1%} of {use['experts']:,.0f} experts "
+            f"(at most {use['reachable']:,.0f} in reach, {use['dead']:,.0f} dead), KL from uniform "
+            f"{use['kl_uniform']:.2f}"
+        )
     if result["stopped"]:
         console.print(f"stopped early; checkpoint in {result['checkpoints']}")
     elif last:

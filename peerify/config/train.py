@@ -318,6 +318,10 @@ class TrainConfig(Section):
     log_every: int = Field(default=5, ge=1)
     """Steps between two lines of the log."""
 
+    usage_tokens: int = Field(default=100_000, ge=1)
+    """Tokens on which use of retrieved experts is counted, from one line of the log about it to the next; experts that
+    none of them finds are dead."""
+
     @field_validator("data", "evaluation", "checkpoints", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:

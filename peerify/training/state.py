@@ -49,6 +49,8 @@ class RunState:
     best_step: int | None = None
     losses: list[float] = field(default_factory=list)
     """Of the last steps, for the detection of spikes."""
+    use: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The last report of how evenly experts are found; see `Use.report`."""
     recipe: dict[str, Any] = field(default_factory=dict)
 
 

@@ -32,6 +32,7 @@ from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
 from peerify.training.tables import require_memory
+from peerify.training.use_plot import PICTURE, draw_use
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ def train_checkpoint(
     a checkpoint and returns with "stopped" true and the signal's number; with `resume` it goes on from the newest one.
 
     Returns:
-        ``{"output", "steps", "tokens", "final_loss", "perplexity", "best_step", "stopped", "signal", "checkpoints"}``;
-        output is None where the run stopped early. None on all processes but the main one.
+        ``{"output", "steps", "tokens", "final_loss", "perplexity", "best_step", "use", "stopped", "signal",
+        "checkpoints"}``; output is None where the run stopped early, use is the last that `Use.report` told. None on
+        all processes but the main one.
 
     Raises:
         PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
@@ -80,6 +82,7 @@ def train_checkpoint(
             if outcome.signal:
                 raise StoppedError("", outcome.signal)
             return None
+        draw_use(folder / "log.jsonl", folder / PICTURE)
         result = _result(recipe, outcome)
         if not outcome.signal:
             assert outcome.checkpoint is not None
@@ -148,6 +151,7 @@ def _result(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
         "final_loss": now.losses[-1] if now.losses else None,
         "perplexity": now.best_perplexity,
         "best_step": now.best_step if config.evaluation.keep_best else None,
+        "use": now.use,
         "stopped": outcome.signal > 0,
         "signal": outcome.signal,
         "checkpoints": str(recipe.run_folder),
