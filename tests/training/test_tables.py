@@ -12,36 +12,22 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training_grown import GROW as SMALL
 from test_training_grown import KEYS, POOL
 from test_training_resume import die, kill_self
-from training_runs import files, log, recipe, trained, weights  # noqa: F401
+from training_runs import files, grown, log, recipe, trained, weights  # noqa: F401
 
 from peerify import cli
 from peerify.checkpoint.load import load_for_eval
-from peerify.config.recipe import Recipe
 from peerify.config.train import OptimizerConfig, StageConfig, TrainConfig
-from peerify.conversion.growth_checkpoint import grow_checkpoint
 from peerify.errors import CheckpointError, UsageError
 from peerify.training import footprint, groups, stage, state, tables
 from peerify.training import train as training
 from peerify.training.dry_run import plan_training
 from peerify.training.optimizers import build_optimizer
 
-GROW = [*SMALL, "grow.num_experts=10000"]  # more than ten steps find
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "router_scale": 1, "tables": "rowwise_adagrad", "weight_decay": 0.5}
 STAGE: dict[str, Any] = {"objectives": {"next_token": 1}, "optimizer": OPTIMIZER}
 WITHOUT: dict[str, Any] = {"stages": [STAGE], "evaluation": None}
-
-
-@pytest.fixture(scope="module")
-def grown(files: Path) -> Path:  # noqa: F811
-    """A folder with a pool that two layers share."""
-    options = ["calibration.data=train.txt", "calibration.tokens=512", "calibration.context=32"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(files)
-        grow_checkpoint(Recipe.load(None, ["model=peer", "output=grown", *options, *GROW]))
-    return files / "grown"
 
 
 def sparse(row: torch.Tensor, value: torch.Tensor, rows: int) -> torch.Tensor:
@@ -144,7 +130,7 @@ def test_a_scaler_steps_all_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["rowwise_adagrad", "sgd"])
-def test_retrieved_rows_learn_and_no_others_move(name: str, grown: Path, here: Path) -> None:
+def test_retrieved_rows_learn_and_no_others_move(name: str, grown: Path, here: Path) -> None:  # noqa: F811
     """With weight decay asked for; one number of state for each row, or none."""
     trained("output=grown", "train.output=learned", f"train.stages.0.optimizer.tables={name}", **WITHOUT)
     before, after = weights("grown"), weights("learned-run/step-000009")
@@ -165,7 +151,9 @@ def test_retrieved_rows_learn_and_no_others_move(name: str, grown: Path, here: P
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    grown: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    grown: Path,  # noqa: F811
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained("output=grown", "train.output=whole", **WITHOUT)
     real = stage.Stage._backward
@@ -190,7 +178,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("rest", ["adamw", "adafactor", "galore"])
-def test_losses_do_not_depend_on_micro_batches(rest: str, grown: Path, here: Path) -> None:
+def test_losses_do_not_depend_on_micro_batches(rest: str, grown: Path, here: Path) -> None:  # noqa: F811
     """The router stays: where it chooses another expert at a rounding, all that follows differs."""
     optimizer = {"name": rest, "rank": 4, "lr": 1e-3, "router_scale": 0, "tables": "rowwise_adagrad"}
     settings: dict[str, Any] = {"stages": [STAGE | {"optimizer": optimizer}]}
@@ -202,7 +190,7 @@ def test_losses_do_not_depend_on_micro_batches(rest: str, grown: Path, here: Pat
 
 
 @pytest.mark.parametrize(("name", "scale"), [("rowwise_adagrad", 1), ("sgd", 300)])
-def test_tables_alone_learn_a_text(name: str, scale: float, grown: Path, here: Path) -> None:
+def test_tables_alone_learn_a_text(name: str, scale: float, grown: Path, here: Path) -> None:  # noqa: F811
     Path("four.txt").write_text(Path("train.txt").read_text()[:130])
     optimizer = {"lr": 0.03, "experts_scale": 0, "router_scale": 0, "tables": name, "tables_scale": scale}
     trained(
@@ -218,7 +206,7 @@ def test_tables_alone_learn_a_text(name: str, scale: float, grown: Path, here: P
     )
 
 
-def test_sparse_gradients_are_only_another_way_to_write_dense_ones(grown: Path, here: Path) -> None:
+def test_sparse_gradients_are_only_another_way_to_write_dense_ones(grown: Path, here: Path) -> None:  # noqa: F811
     """The loss and its norm before anything has moved, and everything but the tables after one step."""
     settings: dict[str, Any] = {"evaluation": None, "tokens": 128, "clip": 0.1}
     for name in ("same", "sgd"):
@@ -232,7 +220,7 @@ def test_sparse_gradients_are_only_another_way_to_write_dense_ones(grown: Path, 
             torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-7)
 
 
-def test_groups_and_their_rates(grown: Path, here: Path) -> None:
+def test_groups_and_their_rates(grown: Path, here: Path) -> None:  # noqa: F811
     """With experts_scale 0 the neurons stay, and tables learn."""
     settings = StageConfig(optimizer=OptimizerConfig(tables="sgd", lr=0.5, tables_scale=10, experts_scale=0))
     model: Any = groups.select_trainable(load_for_eval("grown").model, settings)
@@ -291,7 +279,7 @@ def test_stated_states_are_those_that_optimizers_keep(name: Any) -> None:
     assert footprint.state_bytes(50, 7, 3)[name] == 4 * sum(part.numel() for part in kept if part.dim())
 
 
-def test_the_plan_tells_what_optimizers_of_tables_take(grown: Path, here: Path) -> None:
+def test_the_plan_tells_what_optimizers_of_tables_take(grown: Path, here: Path) -> None:  # noqa: F811
     plans = {
         name: plan_training(recipe("output=grown", f"train.stages.0.optimizer.tables={name}", **WITHOUT))
         for name in ("same", "rowwise_adagrad", "sgd")

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tables import GROW, WITHOUT, grown  # noqa: F401
+from test_tables import WITHOUT
 from test_training_footprint import model_of
 from test_training_grown import POOL as SHARED
-from training_runs import files, log, recipe, trained, weights  # noqa: F401
+from training_runs import files, grown, log, recipe, trained  # noqa: F401
 
 from peerify import cli
 from peerify.errors import CheckpointError
