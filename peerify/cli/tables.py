@@ -202,6 +202,12 @@ def print_training(result: Mapping[str, Any], *, last: bool = True) -> None:
     console.print(f"{result['steps']:,} steps, {result['tokens']:,} tokens{loss}")
     if result["perplexity"] is not None:
         console.print(f"smallest perplexity measured on the way: {result['perplexity']:.2f}")
+    for path, use in result["use"].items():
+        console.print(
+            f"{path}: the last {use['tokens']:,.0f} tokens found {use['used']:.1%} of {use['experts']:,.0f} experts "
+            f"(at most {use['reachable']:,.0f} in reach, {use['dead']:,.0f} dead), KL from uniform "
+            f"{use['kl_uniform']:.2f}"
+        )
     if result["stopped"]:
         console.print(f"stopped early; checkpoint in {result['checkpoints']}")
     elif last:
@@ -247,6 +253,20 @@ def print_training_plan(plan: Mapping[str, Any]) -> None:
         f"tokens, {plan['tokens']:,} tokens and {_count(plan['flops'])} FLOPs in all; checkpoints take up to "
         f"{_bytes(plan['checkpoint_bytes'])}"
     )
+    if plan["tables"]:
+        _print_table_costs(console, plan["tables"])
+
+
+def _print_table_costs(console: Console, tables: Mapping[str, Any]) -> None:
+    """What the experts of memories take with each optimizer of tables."""
+    table = _table("optimizer", ">state", ">gradients")
+    for name, size in tables["state_bytes"].items():
+        table.add_row(name, _bytes(size), _bytes(tables["gradient_bytes"][name]))
+    console.print(
+        f"{tables['experts']:,} experts of memories, {_count(tables['parameters'])} parameters, take with "
+        "stages.N.optimizer.name (tables: same) or stages.N.optimizer.tables:"
+    )
+    console.print(table)
 
 
 def _topk(layer: Mapping[str, Any]) -> str:

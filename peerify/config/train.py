@@ -113,8 +113,20 @@ class OptimizerConfig(Section):
     rank: int = Field(default=128, ge=1)
     """Rank of galore."""
 
+    tables: Literal["same", "rowwise_adagrad", "sgd"] = "same"
+    """For the tables of memories: the optimizer of all else, which takes time and memory by all of their rows; or one
+    that takes them by the rows that a step retrieved, with one number of state for each row, or none."""
+
+    tables_scale: float = Field(default=1.0, gt=0)
+    """Times the learning rate, for tables with an optimizer of their own; experts_scale is then not about them."""
+
     update_every: int = Field(default=200, ge=1)
     """Steps between new subspaces of galore."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether tables of memories have an optimizer of their own."""
+        return self.tables != "same"
 
     @field_validator("betas")
     @classmethod
@@ -306,6 +318,10 @@ class TrainConfig(Section):
     log_every: int = Field(default=5, ge=1)
     """Steps between two lines of the log."""
 
+    usage_tokens: int = Field(default=100_000, ge=1)
+    """Tokens on which use of retrieved experts is counted, from one line of the log about it to the next; experts that
+    none of them finds are dead."""
+
     @field_validator("data", "evaluation", "checkpoints", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
@@ -339,6 +355,12 @@ class TrainConfig(Section):
             return f"lisa has no effect with train {stage.train}: set train lisa, or leave lisa out"
         if stage.train != "memory" and "memory" in stage.model_fields_set:
             return f"memory has no effect with train {stage.train}: set train memory, or leave memory out"
+        if optimizer.by_rows:
+            fault = self._tables_fault(stage)
+            if fault:
+                return fault
+        elif "tables_scale" in optimizer.model_fields_set:
+            return "optimizer.tables_scale has no effect with tables same: set tables rowwise_adagrad or sgd"
         if stage.train == "memory":
             return self._memory_fault(number, stage)
         if stage.train == "lisa" and optimizer.name == "galore":
@@ -349,6 +371,16 @@ class TrainConfig(Section):
             return "layerwise reads the blocks' outputs, which compile hides: set train.compile false"
         if optimizer.router_scale == 0 and (objectives.load_balance or objectives.z_loss):
             return "load_balance and z_loss train the router, whose rate is 0: set optimizer.router_scale"
+        return None
+
+    def _tables_fault(self, stage: StageConfig) -> str | None:
+        tables = f"optimizer.tables {stage.optimizer.tables}"
+        if stage.train == "memory":
+            return f"{tables} has no effect with train memory, whose optimizer knows few rows: leave tables out"
+        if stage.optimizer.name == "adamw8bit":
+            return f"{tables} was never tried beside adamw8bit: take adamw or adafactor"
+        if self.compile:
+            return f"{tables} takes gradients of rows alone, which compile cannot make: set train.compile false"
         return None
 
     def _memory_fault(self, number: int, stage: StageConfig) -> str | None:

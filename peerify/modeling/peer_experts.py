@@ -7,6 +7,7 @@ Shape suffixes: t tokens, d d_model, n experts, k experts that are added up.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -24,7 +25,13 @@ class ExpertPool(nn.Module):
     Row i of `u`, `gate` and `v` is expert i's input, gate and output vector. The first `num_shared` experts are always
     on. The pool is a module of its own, so that hooks for offloading and sharding see every access, and so that two
     layers can share one pool.
+
+    Attributes:
+        sparse: as of torch.nn.Embedding: gradients that `gathered` gives to the tables hold the retrieved rows alone.
+            Always-on experts and biases have gradients of whole tables.
     """
+
+    sparse = False
 
     def __init__(
         self,
@@ -92,13 +99,17 @@ class ExpertPool(nn.Module):
         index_tk, weight_tk = found
 
         def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            y_tk = torch.einsum("td,tkd->tk", x_td, table[index_tk])
+            y_tk = torch.einsum("td,tkd->tk", x_td, self._copied(table, index_tk))
             return y_tk if bias is None else y_tk + bias[index_tk]
 
         gate_tk = None if self.gate is None else project(self.gate, self.gate_bias)
         a_tk = self.activate(project(self.u, self.u_bias), gate_tk) * weight_tk.to(x_td.dtype)
-        y_td = torch.einsum("tk,tkd->td", a_tk, self.v[index_tk])
+        y_td = torch.einsum("tk,tkd->td", a_tk, self._copied(self.v, index_tk))
         return y_td + self._shared(x_td) if self.num_shared else y_td
+
+    def _copied(self, table: torch.Tensor, index_tk: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, (t, k, d)."""
+        return F.embedding(index_tk, table, sparse=True) if self.sparse else table[index_tk]
 
     def has_kernel(self, x_td: torch.Tensor) -> bool:
         """Whether `gathered` makes no copies of rows for these tokens."""
@@ -113,7 +124,7 @@ class ExpertPool(nn.Module):
         v_nd: torch.Tensor,
     ) -> torch.Tensor:
         """`gathered` without copies of rows and without the always-on experts; computed in float32."""
-        rows, x = Rows(found.index_tk, len(u_nd)), x_td.float()
+        rows, x = Rows(found.index_tk, len(u_nd), sparse=self.sparse), x_td.float()
 
         def project(table: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             z_tk = Project.apply(x, table, rows)

@@ -9,6 +9,9 @@ Three products make up the experts and all of their derivatives. With table_nd a
 and the derivatives of each are the other two: that of a product with a table is a scatter, and so on. Plain PyTorch
 makes a (t, k, d) copy of rows for the first two. Activation functions stand between them and are PyTorch's own.
 
+A scatter into large tables writes few of their rows: with `Rows.sparse` gradients of tables hold these alone, as those
+of torch.nn.Embedding(sparse=True) do.
+
 Sums are in float32, whatever the tables have. A row of a scatter is summed in the order of tokens by one thread, so
 gradients are the same every time. The kernels are numba's on a CPU (peer_kernels.py), and Triton's on a GPU
 (peer_gathered_gpu.py). Where they cannot be used, or do not fit, layers run without.
@@ -60,14 +63,15 @@ class Rows:
     Args:
         index_tk: experts, int64.
         experts: how many there are.
+        sparse: gradients of tables are sparse, of the rows that any token meets; they have no derivative.
 
     Raises:
         IndexError: there is no such expert; kernels would read what is not theirs. On a GPU nobody looks, for that
             would wait until all indices are there.
     """
 
-    def __init__(self, index_tk: torch.Tensor, experts: int) -> None:
-        self.index_tk, self.experts = index_tk.contiguous(), experts
+    def __init__(self, index_tk: torch.Tensor, experts: int, *, sparse: bool = False) -> None:
+        self.index_tk, self.experts, self.sparse = index_tk.contiguous(), experts, sparse
         if index_tk.numel() and not index_tk.is_cuda:
             low, high = map(int, torch.aminmax(index_tk))
             if low < 0 or high >= experts:
@@ -83,7 +87,7 @@ class Rows:
         """Pairs by expert (p,), where those of each expert begin (s + 1,), and which expert it is (s,)."""
         expert_p, order_p = self.index_tk.flatten().sort(stable=True)
         expert_s, count_s = torch.unique_consecutive(expert_p, return_counts=True)
-        start = torch.zeros(len(expert_s) + 1, dtype=torch.int64)
+        start = count_s.new_zeros(len(expert_s) + 1)
         torch.cumsum(count_s, 0, out=start[1:])
         return order_p, start, expert_s
 
@@ -95,14 +99,18 @@ class Rows:
 
 
 def _run(product: int, numbers_tk: torch.Tensor, vectors_td: torch.Tensor, table_nd: torch.Tensor, rows: Rows) -> None:
-    """One of the products, of contiguous tensors; it overwrites the one of them that is its result."""
+    """One of the products, of contiguous tensors; it overwrites the one of them that is its result.
+
+    A scatter may go to a table of those experts alone that any token has, in their order.
+    """
+    whole = len(table_nd) == rows.experts
     if reaches(table_nd):
         if product == PROJECT:
             project(numbers_tk, vectors_td, table_nd, rows.index_tk)
         elif product == COMBINE:
             combine(numbers_tk, vectors_td, table_nd, rows.index_tk)
         else:
-            scatter(numbers_tk, vectors_td, table_nd, rows.index_tk, *rows.of_all)
+            scatter(numbers_tk, vectors_td, table_nd, rows.index_tk, *(rows.of_all if whole else rows.by_expert[:2]))
         return
     frame = Frame()
     frame[PRODUCT], frame[COUNT] = product, len(vectors_td)
@@ -112,8 +120,9 @@ def _run(product: int, numbers_tk: torch.Tensor, vectors_td: torch.Tensor, table
     frame[INDEX] = rows.index_tk.data_ptr()
     if product == SCATTER:
         order_p, start, expert_s = rows.by_expert
+        place_s = expert_s if whole else torch.arange(len(expert_s))
         frame[COUNT] = len(expert_s)
-        frame[ORDER], frame[START], frame[EXPERT] = order_p.data_ptr(), start.data_ptr(), expert_s.data_ptr()
+        frame[ORDER], frame[START], frame[EXPERT] = order_p.data_ptr(), start.data_ptr(), place_s.data_ptr()
     elif product == PROJECT and rows.shared:
         frame[ORDER] = rows.by_expert[0].data_ptr()
     run(_work(table_nd.dtype), frame)
@@ -137,7 +146,7 @@ class Project(torch.autograd.Function):
         to_x, to_table, _ = ctx.needs_input_grad
         return (
             Combine.apply(grad_tk, table_nd, ctx.rows) if to_x else None,
-            Scatter.apply(grad_tk, x_td, ctx.rows, table_nd.dtype) if to_table else None,
+            _to_table(grad_tk, x_td, ctx.rows, table_nd.dtype) if to_table else None,
             None,
         )
 
@@ -160,7 +169,7 @@ class Combine(torch.autograd.Function):
         to_a, to_table, _ = ctx.needs_input_grad
         return (
             Project.apply(grad_td, table_nd, ctx.rows) if to_a else None,
-            Scatter.apply(a_tk, grad_td, ctx.rows, table_nd.dtype) if to_table else None,
+            _to_table(a_tk, grad_td, ctx.rows, table_nd.dtype) if to_table else None,
             None,
         )
 
@@ -189,6 +198,23 @@ class Scatter(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _to_table(a_tk: torch.Tensor, x_td: torch.Tensor, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """A table's gradient: `Scatter`, or of rows alone.
+
+    Raises:
+        RuntimeError: a derivative of sparse gradients is asked for.
+    """
+    if not rows.sparse:
+        return Scatter.apply(a_tk, x_td, rows, dtype)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        raise RuntimeError("sparse gradients of tables have no derivative: set `sparse` of the pool to False")
+    expert_s = rows.by_expert[2]
+    value_sd = x_td.new_empty(len(expert_s), x_td.shape[1], dtype=dtype)
+    _run(SCATTER, a_tk.contiguous(), x_td.contiguous(), value_sd, rows)
+    size = rows.experts, x_td.shape[1]
+    return torch.sparse_coo_tensor(expert_s[None], value_sd, size, is_coalesced=True, check_invariants=False)
 
 
 def zeros(experts: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from peerify.data import check_source
 from peerify.errors import CheckpointError, DataError, OutputError, UsageError
 from peerify.reading import local_path
 from peerify.training import loggers, state
+from peerify.training.footprint import optimizer_bytes
 from peerify.training.optimizers import require_package
 
 
@@ -70,8 +71,10 @@ def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
 
 def check_space(config: TrainConfig, model: Any, folder: Path) -> None:
     """Refuse a disk that the checkpoints of `model` will not fit on. Raises OutputError."""
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    needed = (config.checkpoints.keep + 1) * 3 * size + 2 * size  # with two moments; the best and the result
+    count = sum(parameter.numel() for parameter in model.parameters())
+    state = max(optimizer_bytes(model, stage, count) for stage in config.stages)
+    size = 4 * count
+    needed = (config.checkpoints.keep + 1) * (size + state) + 2 * size  # the best and the result
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -6,7 +6,7 @@ Accelerate starts the processes and says in the environment whether to shard; on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from peerify.modules import blocks_around, peer_layers
 
@@ -55,10 +56,16 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def distribute(model: nn.Module, accelerator: Accelerator) -> Any:
-    """The model on its device, ready for this run's processes. Under FSDP its parameters become DTensors, in place."""
+def distribute(model: nn.Module, accelerator: Accelerator, *, leave: Sequence[str] = ()) -> Any:
+    """The model on its device, ready for this run's processes. Under FSDP its parameters become DTensors, in place.
+
+    Args:
+        leave: names of parameters whose gradients stay in their process; see `tables.add_up`.
+    """
     model = model.to(accelerator.device)
     if not is_sharded(accelerator):
+        if leave:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, leave)
         prepared = accelerator.prepare_model(model, device_placement=False)
         # Autocast is opened around every call instead, which leaves the logits as they are.
         prepared.forward = getattr(prepared, "_original_forward", prepared.forward)

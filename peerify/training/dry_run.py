@@ -16,9 +16,10 @@ from peerify.modules import peer_layers
 from peerify.progress import Progress, teller
 from peerify.training import groups
 from peerify.training.checks import check_space, check_training
-from peerify.training.footprint import idle_numbers, memory_of
+from peerify.training.footprint import idle_numbers, memory_of, table_costs
 from peerify.training.half import with_precision
 from peerify.training.sparse_memory import numbers_of
+from peerify.training.tables import require_memory
 
 
 def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -28,9 +29,10 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     products are counted, too.
 
     Returns:
-        ``{"parameters", "steps", "tokens", "batch_size", "context", "flops", "checkpoint_bytes", "stages": [...]}``;
-        each stage has ``{"stage", "train", "steps", "tokens", "trainable", "groups": {name: parameters},
-        "objectives", "optimizer", "lr", "flops", "memory": {part: bytes, "total"}}``.
+        ``{"parameters", "steps", "tokens", "batch_size", "context", "flops", "checkpoint_bytes", "tables", "stages":
+        [...]}``; "tables" is what `table_costs` returns, and each stage has ``{"stage", "train", "steps", "tokens",
+        "trainable", "groups": {name: parameters}, "objectives", "optimizer", "lr", "flops", "memory": {part: bytes,
+        "total"}}``.
 
     Raises:
         PeerifyError: what the run itself would refuse: see `check_training`, `load_skeleton` and `check_space`.
@@ -48,9 +50,10 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
     parameters = _count(model)
     stages, steps = [], config.steps_of_stages()
     for number, (stage, count) in enumerate(zip(config.stages, steps, strict=True)):
+        require_memory(model, number, stage.optimizer)
         stages.append(_stage(model, config, number, stage, count, dense_parameters))
     tell("Planning", 1, 1)
-    trainable = max(stage["trainable"] for stage in stages)
+    state = max(stage["memory"]["optimizer"] for stage in stages)
     return {
         "parameters": parameters,
         "steps": sum(steps),
@@ -58,7 +61,8 @@ def plan_training(recipe: Recipe, *, progress: Progress | None = None) -> dict[s
         "batch_size": config.batch_size,
         "context": config.data.context,
         "flops": sum(stage["flops"] for stage in stages),
-        "checkpoint_bytes": config.checkpoints.keep * (4 * parameters + 8 * trainable) + 4 * parameters,
+        "checkpoint_bytes": config.checkpoints.keep * (4 * parameters + state) + 4 * parameters,
+        "tables": table_costs(model, config),
         "stages": stages,
     }
 

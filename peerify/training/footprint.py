@@ -14,10 +14,12 @@ from peerify.modeling.peer_elastic import ElasticPEER
 from peerify.modeling.peer_layer import PEER
 from peerify.modeling.peer_memory import Memory
 from peerify.training.sparse_memory import numbers_of
+from peerify.training.tables import memories
 
 PROCESS = 450_000_000  # bytes of Python with torch, transformers and accelerate, before a model is loaded
 # Bytes of optimizer state per trainable parameter.
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 4.0, "galore": 8.0}
+BY_ROWS = ("rowwise_adagrad", "sgd")  # optimizers of tables alone, whose gradients are of few rows
 NORM_NUMBERS = 8  # float32 numbers a token leaves in a block's two norms and residual sums, in units of d_model
 
 
@@ -44,10 +46,12 @@ def memory_of(
         bytes_per_token = bytes_per_token // max(1, text.num_hidden_layers) + half * (
             text.num_hidden_layers * text.hidden_size
         )
+    tables, found = table_numbers(model), _found_numbers(model, config)
+    by_rows = tables if stage.optimizer.by_rows else 0
     kl = bool(stage.objectives.kl)
     # The logits, those of the tokens that have a next one, and the gradients of both; the teacher's likewise.
     logits = tokens * text.vocab_size * half * (4 + (2 if kl else 0))
-    optimizer = round(STATE_BYTES[stage.optimizer.name] * trainable)
+    optimizer = optimizer_bytes(model, stage, trainable)
     held = {
         "process": PROCESS,
         "weights": 4 * parameters,
@@ -56,8 +60,10 @@ def memory_of(
     }
     step = {
         # For train: memory, of a table at a time until its rows are taken out.
-        "gradients": 4 * (trainable + (numbers_of(model, stage.memory)[1] if stage.train == "memory" else 0)),
-        "casts": 2 * parameters if half == 2 else 0,  # autocast keeps the half-precision copies of a step
+        "gradients": 4 * (trainable + (numbers_of(model, stage.memory)[1] if stage.train == "memory" else 0))
+        + (4 * (found - by_rows) if by_rows else 0),
+        # Autocast keeps the half-precision copies of a step; kernels take the tables of memories as they are.
+        "casts": 2 * (parameters - tables) if half == 2 else 0,
         "activations": tokens * bytes_per_token,
         "copies": 4 * _copied_numbers(model),
         "logits": logits,
@@ -65,6 +71,69 @@ def memory_of(
     checkpoint = max(0, 4 * parameters + optimizer - sum(step.values()))
     memory = held | step | {"checkpoint": checkpoint}
     return memory | {"total": sum(memory.values())}
+
+
+def optimizer_bytes(model: Any, stage: StageConfig, trainable: int) -> int:
+    """Of the optimizer's state, for so many parameters."""
+    by_rows = table_numbers(model) if stage.optimizer.by_rows else 0
+    of_tables = sum(state_bytes(*shape)[stage.optimizer.tables] for shape in _tables(model)) if by_rows else 0
+    return round(STATE_BYTES[stage.optimizer.name] * (trainable - by_rows)) + of_tables
+
+
+def table_costs(model: Any, config: TrainConfig) -> dict[str, Any] | None:
+    """What the tables of memories take in training, by optimizer; None where the model has none.
+
+    Returns:
+        ``{"experts", "parameters", "state_bytes": {optimizer: bytes}, "gradient_bytes": {optimizer: bytes}}``: of whole
+        tables, or at most of the rows that the tokens of one step can retrieve.
+    """
+    shapes = _tables(model)
+    if not shapes:
+        return None
+    whole, rows = 4 * table_numbers(model), 4 * _found_numbers(model, config)
+    states = [state_bytes(*shape) for shape in shapes]
+    return {
+        "experts": sum(experts for experts, _, _ in shapes),
+        "parameters": table_numbers(model),
+        "state_bytes": {name: sum(state[name] for state in states) for name in states[0]},
+        "gradient_bytes": {name: rows if name in BY_ROWS else whole for name in states[0]},
+    }
+
+
+def state_bytes(experts: int, d_model: int, vectors: int) -> dict[str, int]:
+    """Optimizer -> bytes of its state for so many tables (n, d), in float32.
+
+    Adafactor keeps a number for each row and each column, as row-wise Adagrad does for each row; but each of its steps
+    reads and writes whole tables.
+    """
+    numbers = experts * d_model * vectors
+    return {
+        "adamw": 8 * numbers,
+        "adafactor": 4 * vectors * (experts + d_model),
+        "rowwise_adagrad": 4 * vectors * experts,
+        "sgd": 0,
+    }
+
+
+def table_numbers(model: Any) -> int:
+    """Parameters of the tables of memories."""
+    return sum(experts * d_model * vectors for experts, d_model, vectors in _tables(model))
+
+
+def _tables(model: Any) -> list[tuple[int, int, int]]:
+    """(experts, d_model, vectors of each) of the pools of memories."""
+    owners = [memory for memory in memories(model).values() if memory.pool_of is None]
+    return [(memory.num_experts, memory.d_model, memory.vectors) for memory in owners]
+
+
+def _found_numbers(model: Any, config: TrainConfig) -> int:
+    """Numbers in the rows that the tokens of a step retrieve at most."""
+    found: dict[int, int] = {}  # pool -> how often it is read
+    for memory in memories(model).values():
+        pairs = config.batch_size * config.data.context * memory.num_heads * memory.topk
+        found[id(memory.pool)] = found.get(id(memory.pool), 0) + pairs
+    owners = [memory for memory in memories(model).values() if memory.pool_of is None]
+    return sum(min(memory.num_experts, found[id(memory.pool)]) * memory.d_model * memory.vectors for memory in owners)
 
 
 def _layer_numbers(model: Any, stage: StageConfig) -> int:
@@ -99,9 +168,8 @@ def _memory_numbers(memory: Memory) -> int:
 
 def idle_numbers(model: Any) -> int:
     """Numbers in the tables of memories that a token does not meet."""
-    memories = [module for module in model.modules() if isinstance(module, Memory)]
-    tables = sum(memory.num_experts * memory.vectors * memory.d_model for memory in memories if not memory.pool_of)
-    return tables - sum(memory.num_heads * memory.topk * memory.vectors * memory.d_model for memory in memories)
+    met = sum(memory.num_heads * memory.topk * memory.vectors * memory.d_model for memory in memories(model).values())
+    return table_numbers(model) - met
 
 
 def _copied_numbers(model: Any) -> int:

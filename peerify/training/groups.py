@@ -15,14 +15,17 @@ from peerify.config.train import StageConfig
 from peerify.errors import UsageError
 from peerify.modules import blocks_around, peer_layers
 from peerify.training.sparse_memory import Rows, pools_of
+from peerify.training.tables import TABLES, memories
 
 EXPERTS, ROUTER, DECAYED, REST = "experts", "router", "decayed", "rest"
 
 
-def kind(name: str, parameter: nn.Parameter, peer_paths: set[str]) -> str:
-    """The group of a parameter, by its name in the model."""
+def kind(name: str, parameter: nn.Parameter, peer_paths: set[str], *, by_rows: bool = False) -> str:
+    """The group of a parameter, by its name in the model; `by_rows`: tables of memories have one of their own."""
     path = next((path for path in peer_paths if name.startswith(path + ".")), None)
     if path is not None:
+        if by_rows and name.startswith(f"{path}.memory.pool."):
+            return TABLES
         return ROUTER if name.startswith((f"{path}.keys.", f"{path}.memory.keys.")) else EXPERTS
     return DECAYED if parameter.dim() >= 2 else REST
 
@@ -39,12 +42,12 @@ def parameter_groups(model: nn.Module, stage: StageConfig, rows: Rows | None = N
         names, params = list(rows.parameters), list(rows.parameters.values())
         rate = optimizer.lr * optimizer.experts_scale
         return [{"name": EXPERTS, "params": params, "names": names, "lr": rate, "weight_decay": 0.0}]
-    scale = {EXPERTS: optimizer.experts_scale, ROUTER: optimizer.router_scale}
+    scale = {EXPERTS: optimizer.experts_scale, ROUTER: optimizer.router_scale, TABLES: optimizer.tables_scale}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = kind(name, parameter, paths)
+        group = kind(name, parameter, paths, by_rows=optimizer.by_rows)
         entry = groups.setdefault(
             group,
             {
@@ -57,7 +60,7 @@ def parameter_groups(model: nn.Module, stage: StageConfig, rows: Rows | None = N
         )
         entry["params"].append(parameter)
         entry["names"].append(name)
-    return [groups[name] for name in (EXPERTS, ROUTER, DECAYED, REST) if name in groups]
+    return [groups[name] for name in (EXPERTS, ROUTER, DECAYED, REST, TABLES) if name in groups]
 
 
 def require_peer(model: nn.Module) -> dict[str, Any]:
@@ -72,7 +75,9 @@ def require_peer(model: nn.Module) -> dict[str, Any]:
 
 
 def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
-    """Set `requires_grad` of everything as the stage asks; returns the model, wrapped in adapters for peer+lora.
+    """Set what trains as the stage asks; returns the model, wrapped in adapters for peer+lora.
+
+    Where tables of memories have an optimizer of their own, their gradients become sparse.
 
     Raises:
         UsageError: there is no PEER layer, or no linear layer for adapters.
@@ -101,9 +106,11 @@ def select_trainable(model: nn.Module, stage: StageConfig) -> nn.Module:
             for table in pool.tables.values():
                 table.requires_grad_(True)
         return model
+    for memory in memories(model).values():
+        memory.pool.sparse = stage.optimizer.by_rows
     for name, parameter in model.named_parameters():
-        group = kind(name, parameter, paths)
-        trains = group in (EXPERTS, ROUTER) or stage.train in ("full", "lisa") or ".lora_" in name
+        group = kind(name, parameter, paths, by_rows=stage.optimizer.by_rows)
+        trains = group in (EXPERTS, ROUTER, TABLES) or stage.train in ("full", "lisa") or ".lora_" in name
         if group == ROUTER and stage.optimizer.router_scale == 0:
             trains = False
         if group == EXPERTS and (stage.optimizer.experts_scale == 0 or name.endswith(".input_rms")):

@@ -59,7 +59,7 @@ class LogFile:
 def flat(row: dict[str, Any]) -> dict[str, float]:
     """A row for curves: {"layers": {path: {"used": x}}} becomes {"used/path": x}, and so on."""
     values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-    for path, statistics in row.get("layers", {}).items():
+    for path, statistics in (row.get("layers", {}) | row.get("use", {})).items():
         values |= {f"{name}/{path}": value for name, value in statistics.items()}
     return values
 

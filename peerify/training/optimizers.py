@@ -12,6 +12,7 @@ from torch import Tensor
 from peerify.config.train import OptimizerConfig, StageConfig
 from peerify.errors import UsageError
 from peerify.training.groups import DECAYED
+from peerify.training.tables import TABLES, RowOptimizer
 
 
 def require_package(config: OptimizerConfig) -> None:
@@ -28,6 +29,14 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> to
     Raises:
         UsageError: one that is not installed.
     """
+    tables = next((group for group in groups if group["name"] == TABLES), None)
+    if tables is None:
+        return _build(config, groups)
+    rest = [group for group in groups if group is not tables]
+    return RowOptimizer(_build(config, rest) if rest else None, tables, adagrad=config.tables == "rowwise_adagrad")
+
+
+def _build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if config.name == "adafactor":
         from transformers.optimization import Adafactor
 

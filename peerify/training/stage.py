@@ -24,12 +24,13 @@ from peerify.config.train import StageConfig, TrainConfig
 from peerify.errors import TrainingError
 from peerify.memory import peak_mb
 from peerify.progress import Progress
-from peerify.training import groups, objectives, sparse_memory, state, validation
+from peerify.training import groups, objectives, sparse_memory, state, tables, validation
 from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
 from peerify.training.optimizers import build_optimizer, lr_factor
 from peerify.training.straight_through import StraightThrough
+from peerify.training.use import USE, Use
 
 ADAPTER = "adapter"  # folder of adapters that are kept
 RECENT = 20  # steps over which a loss counts as usual
@@ -91,13 +92,17 @@ class Stage:
             every=1 if with_losses else self.config.router_every,
             with_losses=with_losses,
         )
-        self.model = distribute(model, accelerator)
+        by_rows = self.config.optimizer.by_rows
+        self.model = distribute(model, accelerator, leave=list(tables.tables_of(model)) if by_rows else [])
+        self.tables = list(tables.tables_of(self.unwrapped).values()) if by_rows else []
         self.plain_optimizer = build_optimizer(
             self.config.optimizer, groups.parameter_groups(self.unwrapped, self.config, self.rows)
         )
         self.optimizer = accelerator.prepare_optimizer(self.plain_optimizer)  # which minds fp16's scale
         self.rates = [group["lr"] for group in self.plain_optimizer.param_groups]
+        self.use = Use(nn.Module() if run.config.compile else self.unwrapped)  # what is compiled has no hooks
         if saved is not None:
+            self.use.put_state(saved.pop(USE, None), str(checkpoint), main=accelerator.is_main_process)
             state.put_optimizer_state(self._trained(), self.plain_optimizer, saved, str(checkpoint))
         self.open = ExitStack()
 
@@ -119,6 +124,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         self.open.enter_context(self.router)
+        self.open.enter_context(self.use.watching())
         if self.rows is not None:
             self.open.enter_context(self.rows.taken())
         return self
@@ -151,7 +157,7 @@ class Stage:
         norm = None
         if run.config.clip:
             accelerator.unscale_gradients(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self._trained().values(), run.config.clip)
+            norm = tables.clip(self._trained().values(), run.config.clip)
         losses = self._losses(sums)
         self._check(losses["loss"], norm)
         self.optimizer.step()
@@ -168,6 +174,7 @@ class Stage:
             seconds = time.perf_counter() - started
             tokens = run.config.batch_size * run.config.data.context
             self._log(losses | {"lr": self.config.optimizer.lr * rate, "tokens_per_s": tokens / seconds}, norm)
+        self._count(run.config.usage_tokens)
         self.router.forget()
         return losses["loss"]
 
@@ -180,6 +187,7 @@ class Stage:
         accelerator = self.run.accelerator
         used_bt = ids_bt != PADDING
         predicted, tokens = int(used_bt[:, 1:].sum()), int(used_bt.sum())
+        self.use.tokens += tokens
         world, rank = accelerator.num_processes, accelerator.process_index
         own = slice(rank * len(ids_bt) // world, (rank + 1) * len(ids_bt) // world)
         ids_bt, used_bt = ids_bt[own].to(accelerator.device), used_bt[own].to(accelerator.device)
@@ -192,8 +200,10 @@ class Stage:
                 loss, pieces = self._loss(ids, used, predicted, tokens)
                 # Data parallelism averages gradients over processes; ours are parts of one sum.
                 accelerator.backward(loss * world)
+            tables.in_order(*self.tables)
             sums += torch.stack([loss.detach().double().cpu(), *(piece.detach().double().cpu() for piece in pieces)])
         if world > 1:
+            tables.add_up(self.tables, accelerator)
             sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
         return sums
 
@@ -206,7 +216,7 @@ class Stage:
             assert self.run.teacher is not None
             with torch.no_grad(), self.run.accelerator.autocast():
                 teacher = self.run.teacher(**ask)
-        with self.run.accelerator.autocast():
+        with self.run.accelerator.autocast(), self.use.counting(used):
             ours = self.model(**ask)
         router = self.router.losses() if terms.load_balance or terms.z_loss else None
         return objectives.combined(terms, ours, teacher, router, ids, used, predicted=predicted, tokens=tokens)
@@ -267,6 +277,20 @@ class Stage:
         row |= {"memory_mb": _memory_mb(run.accelerator.device), "layers": layers}
         self._write(row)
 
+    def _count(self, window: int) -> None:
+        """A line of the log about how evenly experts were found, when so many tokens were counted.
+
+        At the end of a stage half as many are enough, or any number if there was no line before.
+        """
+        now = self.now
+        if now.step_in_stage == self.steps:
+            window = (window + 1) // 2 if now.use else 1
+        if self.use.tokens < window:
+            return
+        now.use = self.use.report(self.run.accelerator)
+        if now.use and self.run.accelerator.is_main_process:
+            self._write({"step": now.step, "stage": now.stage, "use": now.use})
+
     def _write(self, row: dict[str, Any]) -> None:
         if self.run.log is not None:
             self.run.log.write(row)
@@ -291,6 +315,7 @@ class Stage:
         """Write a checkpoint inside the stage."""
         weights = state.weights_of(self.unwrapped)
         optimizer = state.optimizer_state(self._trained(), self.plain_optimizer)
+        optimizer[USE] = self.use.state(self.run.accelerator)
         if self.rows is not None:
             optimizer[sparse_memory.ROWS] = {path: row_m.cpu() for path, row_m in self.rows.rows.items()}
         return self._save(weights, optimizer)

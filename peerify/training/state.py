@@ -24,6 +24,7 @@ from peerify.checkpoint.atomic import atomic_folder
 from peerify.checkpoint.files import is_checkpoint
 from peerify.errors import CheckpointError, UsageError
 from peerify.reading import printable, read_object, reason, shown
+from peerify.training.tables import SUM, TABLES, RowOptimizer
 
 NAME = re.compile(r"step-(\d{6,})")
 BEST = "best"
@@ -48,6 +49,8 @@ class RunState:
     best_step: int | None = None
     losses: list[float] = field(default_factory=list)
     """Of the last steps, for the detection of spikes."""
+    use: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The last report of how evenly experts are found; see `Use.report`."""
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,12 +117,17 @@ def put_optimizer_state(
     Raises:
         CheckpointError: it names a parameter that does not train.
     """
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    known = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
+    rest = optimizer.rest if isinstance(optimizer, RowOptimizer) else optimizer
     for name, state in states.items():
         parameter = parameters.get(name)
         if parameter is None or parameter not in known:
             raise CheckpointError(f"{where} holds optimizer state for {printable(name)}, which does not train here")
-        adam = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam)
+        by_rows = known[parameter] == TABLES
+        total = state.get(SUM)
+        if by_rows and not (isinstance(total, Tensor) and total.shape == parameter.shape[:1]):
+            raise CheckpointError(f"{where} does not hold {SUM} of the rows of {printable(name)}; was it changed?")
+        adam = type(rest) in (torch.optim.AdamW, torch.optim.Adam) and not by_rows
         step = state.get("step")
         if adam and not (isinstance(step, Tensor) and step.numel() == 1 and step.item() >= 1):
             raise CheckpointError(f"{where} does not say how many steps {printable(name)} has taken; was it changed?")

@@ -32,6 +32,8 @@ from peerify.training.half import with_precision
 from peerify.training.loop import Outcome, run_stages
 from peerify.training.malloc import keep_freed_memory, return_freed_memory
 from peerify.training.stage import ADAPTER, Run, plain_weights
+from peerify.training.tables import require_memory
+from peerify.training.use_plot import PICTURE, draw_use
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,9 @@ def train_checkpoint(
     a checkpoint and returns with "stopped" true and the signal's number; with `resume` it goes on from the newest one.
 
     Returns:
-        ``{"output", "steps", "tokens", "final_loss", "perplexity", "best_step", "stopped", "signal", "checkpoints"}``;
-        output is None where the run stopped early. None on all processes but the main one.
+        ``{"output", "steps", "tokens", "final_loss", "perplexity", "best_step", "use", "stopped", "signal",
+        "checkpoints"}``; output is None where the run stopped early, use is the last that `Use.report` told. None on
+        all processes but the main one.
 
     Raises:
         PeerifyError: whatever is wrong with the recipe, the model, the text or the disk; TrainingError when the loss
@@ -82,6 +85,7 @@ def train_checkpoint(
             if outcome.signal:
                 raise StoppedError("", outcome.signal)
             return None
+        draw_use(folder / "log.jsonl", folder / PICTURE)
         result = _result(recipe, outcome)
         if not outcome.signal:
             assert outcome.checkpoint is not None
@@ -150,6 +154,7 @@ def _result(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
         "final_loss": now.losses[-1] if now.losses else None,
         "perplexity": now.best_perplexity,
         "best_step": now.best_step if config.evaluation.keep_best else None,
+        "use": now.use,
         "stopped": outcome.signal > 0,
         "signal": outcome.signal,
         "checkpoints": str(recipe.run_folder),
@@ -188,6 +193,11 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
         if world > 1 and stage.train in ("lisa", "memory"):
             other = "full" if stage.train == "lisa" else "peer"
             raise UsageError(f"train.stages.{number}: {stage.train} runs in one process: take {other}, or launch one")
+        if sharded and stage.optimizer.by_rows:
+            raise UsageError(
+                f"train.stages.{number}.optimizer.tables {stage.optimizer.tables} needs whole tables, and FSDP shards "
+                "them: set it to same, or launch with DDP"
+            )
         if sharded and stage.optimizer.name in ("galore", "adamw8bit"):
             raise UsageError(
                 f"train.stages.{number}: {stage.optimizer.name} needs whole matrices, and FSDP shards them: take adamw"
@@ -210,6 +220,7 @@ def _check_model(ours: DenseModel, recipe: Recipe) -> None:
         raise UsageError(f"{recipe.output} is a {type(model).__name__}: only causal language models can be trained")
     layers = {path: layer for path, layer in require_peer(model).items() if hasattr(layer, "keys")}
     for number, stage in enumerate(recipe.training.stages):
+        require_memory(model, number, stage.optimizer)
         terms = stage.objectives
         wanted = {"balance_rate": stage.balance_rate, "objectives.load_balance": terms.load_balance}
         wanted["objectives.z_loss"] = terms.z_loss

@@ -14,6 +14,7 @@ from checkpoints import text_file, tiny_checkpoint
 
 from peerify.config.recipe import Recipe
 from peerify.conversion.checkpoint import convert_checkpoint
+from peerify.conversion.growth_checkpoint import grow_checkpoint
 from peerify.training import state
 from peerify.training.train import train_checkpoint
 
@@ -39,6 +40,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="module")
+def grown(files: Path) -> Path:
+    """A folder `grown` beside them: two layers share a pool with more experts than ten steps find."""
+    options = ["calibration.data=train.txt", "calibration.tokens=512", "calibration.context=32"]
+    options += ["grow.num_experts=10000", "grow.num_heads=2", "grow.topk=4", "grow.layers=0,2", "grow.share_pool=true"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        grow_checkpoint(Recipe.load(None, ["model=peer", "output=grown", *options]))
+    return files / "grown"
 
 
 def recipe(*overrides: str, stages: list[dict[str, Any]] | None = None, **train: Any) -> Recipe:

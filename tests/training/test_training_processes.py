@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from checkpoints import text_file, tiny_checkpoint
+from safetensors.torch import load_file
 
 from peerify import cli
 from peerify.config.recipe import Recipe
@@ -97,6 +99,23 @@ def test_two_processes_teach_a_pool_that_layers_share(here: Path) -> None:
     assert losses(here, "grown-one") != losses(here, "one")
     for kind in ("ddp", "fsdp2"):
         assert losses(here, f"grown-{kind}") == pytest.approx(losses(here, "grown-one"), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "sgd"])
+def test_two_processes_teach_the_rows_that_either_retrieved(here: Path, name: str) -> None:
+    grow = ["grow.num_experts=4096", "grow.num_heads=2", "grow.topk=4", "grow.layers=0,2", "grow.share_pool=true"]
+    grown = f"output={here / f'grown-{name}'}"
+    grow_checkpoint(Recipe.load(here / "r.yaml", [f"model={here / 'peer'}", grown, *grow]))
+    rows = [f"train.stages.{number}.optimizer.{key}" for number in (0, 1) for key in (f"tables={name}", "lr=0.01")]
+    for kind in ("one", "ddp"):
+        train(here, kind, *(part for key in (grown, *rows) for part in ("--set", key)), name=f"{name}-{kind}")
+    assert losses(here, f"{name}-ddp") == pytest.approx(losses(here, f"{name}-one"), rel=1e-4, abs=1e-4)
+    one, two = (load_file(here / f"{name}-{kind}" / "model.safetensors") for kind in ("one", "ddp"))
+    table = "model.layers.0.mlp.memory.pool.v"
+    assert 0 < one[table].any(1).sum() < 4096
+    assert torch.equal(one[table].any(1), two[table].any(1))
+    torch.testing.assert_close(two[table], one[table], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
