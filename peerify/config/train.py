@@ -232,6 +232,10 @@ class StageConfig(Section):
     balance_rate: float = Field(default=0.0, ge=0)
     """Step of the bias that evens out retrieval without a loss (2408.15664), in spreads of the scores; 0: none."""
 
+    reseed: bool = False
+    """At each count of use (usage_tokens): sub-keys of memories that found nothing move beside the busiest ones, and
+    their experts become copies of those that these find. What the model computes is not quite the same after."""
+
     @field_validator("objectives", "optimizer", "lora", "lisa", "memory", mode="before")
     @classmethod
     def _empty(cls, value: Any, info: Any) -> Any:
@@ -361,6 +365,10 @@ class TrainConfig(Section):
                 return fault
         elif "tables_scale" in optimizer.model_fields_set:
             return "optimizer.tables_scale has no effect with tables same: set tables rowwise_adagrad or sgd"
+        if stage.reseed and (stage.train == "memory" or optimizer.router_scale == 0):
+            return "reseed moves sub-keys, and these stay as they are: set reseed false"
+        if stage.reseed and self.compile:
+            return "reseed goes by counts of use, and what is compiled is not counted: set train.compile false"
         if stage.train == "memory":
             return self._memory_fault(number, stage)
         if stage.train == "lisa" and optimizer.name == "galore":

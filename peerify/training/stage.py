@@ -29,6 +29,7 @@ from peerify.training.data import PADDING, Windows
 from peerify.training.distribution import distribute, reshard, without_sync
 from peerify.training.loggers import LogFile, flat
 from peerify.training.optimizers import build_optimizer, lr_factor
+from peerify.training.reseed import reseed
 from peerify.training.straight_through import StraightThrough
 from peerify.training.use import USE, Use
 
@@ -287,7 +288,12 @@ class Stage:
             window = (window + 1) // 2 if now.use else 1
         if self.use.tokens < window:
             return
+        again = self.config.reseed and now.step_in_stage < self.steps
+        counts = self.use.total(self.run.accelerator) if again else {}
         now.use = self.use.report(self.run.accelerator)
+        for path, found in tables.with_pools(self.unwrapped).items() if again else ():
+            seed = self.run.config.seed + now.step
+            now.use[path]["reseeded"] = reseed(found, counts[path], self.plain_optimizer, seed)
         if now.use and self.run.accelerator.is_main_process:
             self._write({"step": now.step, "stage": now.stage, "use": now.use})
 

@@ -34,6 +34,12 @@ def memories(model: nn.Module) -> dict[str, Any]:
     return {f"{path}.memory": layer.memory for path, layer in layers.items() if getattr(layer, "memory", None)}
 
 
+def with_pools(model: nn.Module) -> dict[str, list[Any]]:
+    """Path of a pool -> the memories that retrieve from it."""
+    found, owners = memories(model), {id(m.pool): path for path, m in memories(model).items() if m.pool_of is None}
+    return {f"{path}.pool": [m for m in found.values() if id(m.pool) == pool] for pool, path in owners.items()}
+
+
 def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> table of the memories' pools, each once."""
     inside = tuple(f"{path}.pool." for path in memories(model))

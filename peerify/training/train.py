@@ -193,6 +193,11 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
         if world > 1 and stage.train in ("lisa", "memory"):
             other = "full" if stage.train == "lisa" else "peer"
             raise UsageError(f"train.stages.{number}: {stage.train} runs in one process: take {other}, or launch one")
+        if sharded and stage.reseed:
+            raise UsageError(
+                f"train.stages.{number}.reseed needs whole tables, and FSDP shards them: set it to false, or launch "
+                "with DDP"
+            )
         if sharded and stage.optimizer.by_rows:
             raise UsageError(
                 f"train.stages.{number}.optimizer.tables {stage.optimizer.tables} needs whole tables, and FSDP shards "
