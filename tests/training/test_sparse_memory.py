@@ -28,6 +28,7 @@ from peerify.training import sparse_memory, stage, state
 from peerify.training import train as training
 from peerify.training.data import PADDING
 from peerify.training.dry_run import plan_training
+from peerify.training.use import USE
 
 MEMORY: dict[str, Any] = {"background": "test.txt", "experts": 5, "tokens": 256}
 STAGE: dict[str, Any] = {
@@ -68,7 +69,7 @@ def test_chosen_rows_learn_and_nothing_else_moves(folder: str, here: Path) -> No
     moments = state.read_optimizer(Path("learned-run/step-000009"))
     assert moments is not None
     assert {len(moments[name]["exp_avg"]) for name in tables if name in before} == {5}, "of the rows alone"
-    assert set(moments) == {name for name in tables if name in before} | {sparse_memory.ROWS}
+    assert set(moments) == {name for name in tables if name in before} | {sparse_memory.ROWS, USE}
 
 
 def test_the_choice_is_that_of_a_loop_over_tokens(here: Path) -> None:
