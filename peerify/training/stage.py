@@ -321,7 +321,8 @@ class Stage:
         """Write a checkpoint inside the stage."""
         weights = state.weights_of(self.unwrapped)
         optimizer = state.optimizer_state(self._trained(), self.plain_optimizer)
-        optimizer[USE] = self.use.state(self.run.accelerator)
+        if self.use.count_n:
+            optimizer[USE] = self.use.state(self.run.accelerator)
         if self.rows is not None:
             optimizer[sparse_memory.ROWS] = {path: row_m.cpu() for path, row_m in self.rows.rows.items()}
         return self._save(weights, optimizer)

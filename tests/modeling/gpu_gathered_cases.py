@@ -96,6 +96,17 @@ def test_memory_is_not_read_before_it_is_written(seed: int) -> None:
     assert not expected[2][4:].any()
 
 
+def test_sparse_gradients_are_the_rows_of_whole_ones(seed: int) -> None:
+    pool, x = pool_of(seed, 24, 40, torch.float32), torch.randn(5, 24, device=DEVICE)
+    found = retrieved(5, 3, 40, torch.float32)
+    whole = results(pool, x, found)
+    pool.sparse = True
+    for ours, theirs in zip(results(pool, x, found), whole, strict=True):
+        assert torch.equal(ours.to_dense() if ours.is_sparse else ours, theirs)
+    gradient = results(pool, x, found)[-1]
+    assert gradient.coalesce().indices()[0].tolist() == found.index_tk.unique().tolist()
+
+
 def test_rows_that_do_not_learn_get_no_gradient(seed: int) -> None:
     pool, x = pool_of(seed, 24, 5, torch.float32), torch.randn(2, 24, device=DEVICE)
     pool.u.requires_grad_(False)

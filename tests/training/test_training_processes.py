@@ -108,9 +108,15 @@ def test_two_processes_teach_the_rows_that_either_retrieved(here: Path, name: st
     grown = f"output={here / f'grown-{name}'}"
     grow_checkpoint(Recipe.load(here / "r.yaml", [f"model={here / 'peer'}", grown, *grow]))
     rows = [f"train.stages.{number}.optimizer.{key}" for number in (0, 1) for key in (f"tables={name}", "lr=0.01")]
+    rows.append("train.usage_tokens=128")
     for kind in ("one", "ddp"):
         train(here, kind, *(part for key in (grown, *rows) for part in ("--set", key)), name=f"{name}-{kind}")
     assert losses(here, f"{name}-ddp") == pytest.approx(losses(here, f"{name}-one"), rel=1e-4, abs=1e-4)
+    first, second = (
+        next(json.loads(line)["use"] for line in path.read_text().splitlines() if '"use"' in line)
+        for path in (here / f"{name}-{kind}-run/log.jsonl" for kind in ("one", "ddp"))
+    )
+    assert first == second, "counted over both, in the first step"
     one, two = (load_file(here / f"{name}-{kind}" / "model.safetensors") for kind in ("one", "ddp"))
     table = "model.layers.0.mlp.memory.pool.v"
     assert 0 < one[table].any(1).sum() < 4096
