@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_tables import STAGE
 from test_training_grown import POOL as SHARED
 from test_training_resume import die, kill_self
+from test_training_tables import STAGE
 from training_runs import files, grown, log, trained, weights  # noqa: F401
 
 from peerify.config.train import TrainConfig

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tables import WITHOUT
 from test_training_footprint import model_of
 from test_training_grown import POOL as SHARED
+from test_training_tables import WITHOUT
 from training_runs import files, grown, log, recipe, trained  # noqa: F401
 
 from peerify import cli
