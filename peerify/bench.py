@@ -17,9 +17,10 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peerify.errors import CheckpointError, UsageError
+from peerify.evaluation import budgets_of
 from peerify.memory import peak_mb
 from peerify.modeling import peer_cpu, peer_triton
-from peerify.modules import peer_layers
+from peerify.modules import device_of, peer_layers
 from peerify.progress import Progress, teller
 
 STAGE = "Measuring"
@@ -72,7 +73,6 @@ def bench_checkpoint(
         TrainingError: a step of training fails.
     """
     from peerify.checkpoint.load import load_for_eval
-    from peerify.evaluation import budgets_of
     from peerify.training.speed import check_step, step_seconds
 
     if train:
@@ -85,50 +85,11 @@ def bench_checkpoint(
     own = budgets_of(converted, active)
     shares: list[float] = list(active) or own or [1.0]
     dense = load_for_eval(against, **options).model
-    config, context = dense.config.get_text_config(), min(CONTEXT, prompt)
-    if not dense.can_generate() or dense.config.is_encoder_decoder:
-        raise CheckpointError(f"{against} generates no text: there is nothing to measure")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max(prompt, context + new) + 1 > positions:
-        raise UsageError(f"--prompt {prompt} or --new {new} is more than the model's {positions} positions")
-
-    tell = teller(progress)
-    runs = [(1, prompt, 1), *((batch, context, new + 1) for batch in batches)]
-    total, done = len(runs) * (repeats + 1), 0
-    decode, prefill = [], []
-    for batch, tokens, adds in runs:
-        reads = adds == 1
-        ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
-        times: dict[Arm, list[float]] = {arm: [] for arm in (DENSE, *([] if reads else [WITHOUT]), *shares)}
-        for number in range(repeats + 1):
-            tell(STAGE, done, total)
-            for arm, of_arm in times.items():
-                with _taking(arm, dense, converted, layers, own) as model:
-                    seconds = _seconds(model, ids, adds)
-                if number:  # the first one warms up
-                    of_arm.append(seconds)
-            done += 1
-        for share in shares:
-            row = _compared(times[DENSE], times[share], share, tokens if reads else batch)
-            if reads:
-                first = {"first_token_s": prompt / row["converted"], "dense_first_token_s": prompt / row[DENSE]}
-                prefill.append({"tokens": prompt, "dtype": dtype, **row, **first})
-            else:
-                decode.append({"batch": batch, "dtype": dtype, **_limited(row, times[DENSE], times[WITHOUT])})
-    tell(STAGE, done, total)
-    result = {
-        "model": source,
-        "against": against,
-        "device": device,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "kernel": kernel_status(converted, device),
-        "memory": {DENSE: _held(dense), "converted": _held(converted)},
-        "peak_rss_mb": peak_mb(),
-        "decode": decode,
-        "prefill": prefill,
-    }
-    del model, dense, converted, layers  # training takes others, and their memory
+    names = (source, converted), (against, dense)
+    result = bench_models(
+        *names, active=shares, batches=batches, prompt=prompt, new=new, repeats=repeats, dtype=dtype, progress=progress
+    )
+    del dense, converted, layers, names  # training takes others, and their memory
     budgets = shares if own else [None]
     asked: dict[str, Any] = {"context": prompt, "repeats": repeats, "revision": revision, **options}
     rows = []
@@ -141,6 +102,78 @@ def bench_checkpoint(
             {**what, **_compared(theirs, ours, share, tokens)} for share, ours in zip(shares, of_budgets, strict=True)
         ]
     return {**result, "train": rows}
+
+
+def bench_models(
+    ours: tuple[str, Any],
+    against: tuple[str, Any],
+    *,
+    active: Sequence[float],
+    batches: Sequence[int],
+    prompt: int,
+    new: int,
+    repeats: int,
+    dtype: str,
+    prefill: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `bench_checkpoint` returns, without "train", of models that are loaded.
+
+    Args:
+        ours: what the converted model is called, and the model.
+        against: likewise the dense one.
+        active: budgets; 1 alone for a model that has none.
+        prefill: False: reading a prompt is not measured, and "prefill" is empty.
+
+    Raises:
+        UsageError: the prompt is too long for the model.
+        CheckpointError: the dense model generates no text.
+    """
+    (source, converted), (other, dense) = ours, against
+    layers, own = peer_layers(converted), budgets_of(converted, ())
+    config, context = dense.config.get_text_config(), min(CONTEXT, prompt)
+    if not dense.can_generate() or dense.config.is_encoder_decoder:
+        raise CheckpointError(f"{other} generates no text: there is nothing to measure")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max(prompt, context + new) + 1 > positions:
+        raise UsageError(f"--prompt {prompt} or --new {new} is more than the model's {positions} positions")
+
+    tell = teller(progress)
+    runs = [*([(1, prompt, 1)] if prefill else []), *((batch, context, new + 1) for batch in batches)]
+    total, done = len(runs) * (repeats + 1), 0
+    decode, read = [], []
+    for batch, tokens, adds in runs:
+        reads = adds == 1
+        ids = torch.randint(config.vocab_size, (batch, tokens), device=device_of(dense))
+        times: dict[Arm, list[float]] = {arm: [] for arm in (DENSE, *([] if reads else [WITHOUT]), *active)}
+        for number in range(repeats + 1):
+            tell(STAGE, done, total)
+            for arm, of_arm in times.items():
+                with _taking(arm, dense, converted, layers, own) as model:
+                    seconds = _seconds(model, ids, adds)
+                if number:  # the first one warms up
+                    of_arm.append(seconds)
+            done += 1
+        for share in active:
+            row = _compared(times[DENSE], times[share], share, tokens if reads else batch)
+            if reads:
+                first = {"first_token_s": tokens / row["converted"], "dense_first_token_s": tokens / row[DENSE]}
+                read.append({"tokens": tokens, "dtype": dtype, **row, **first})
+            else:
+                decode.append({"batch": batch, "dtype": dtype, **_limited(row, times[DENSE], times[WITHOUT])})
+    tell(STAGE, done, total)
+    return {
+        "model": source,
+        "against": other,
+        "device": str(device_of(dense)),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "kernel": kernel_status(converted, str(device_of(dense))),
+        "memory": {DENSE: _held(dense), "converted": _held(converted)},
+        "peak_rss_mb": peak_mb(),
+        "decode": decode,
+        "prefill": read,
+    }
 
 
 def kernel_status(model: nn.Module, device: str = "cpu") -> str | None:

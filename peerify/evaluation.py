@@ -160,17 +160,9 @@ def evaluate_checkpoint(
             where there is no text, or two have the same name.
     """
     from peerify.checkpoint.load import load_for_eval
-    from peerify.data import check_source, load_windows, public_name
 
     specs = [data] if isinstance(data, str) else list(data)
-    for spec in specs:
-        check_source(spec)  # a wrong name is told before a large model is read
-    names = [public_name(spec) for spec in specs]
-    if not names:
-        raise UsageError("no text was given to measure on: name a .txt file or a Hub dataset")
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise UsageError(f"two texts have the name {name}, by which their results are told apart: rename one")
+    check_texts(specs)
 
     def load(name: str, revision: str | None) -> Any:
         if progress is not None:
@@ -183,23 +175,73 @@ def evaluate_checkpoint(
     # What can be refused without reading gigabytes is refused first.
     ours = load(source, revision)
     _check(ours.model, torch.zeros(1, 1).expand(1, context))
-    own = budgets_of(ours.model, active)
-    texts = [
-        load_windows([spec], ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
+    budgets_of(ours.model, active)
+    texts = load_texts(specs, ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
+    dense = (against, load(against, None).model) if against is not None else None
+    return evaluate_texts((source, ours.model), texts, dense, active=active, batch_size=batch_size, progress=progress)
+
+
+def check_texts(specs: Sequence[str]) -> None:
+    """Tell what is wrong with the names of test texts before a large model is read.
+
+    Raises:
+        DataError: there is no such text.
+        UsageError: no text is named, or two have the same name, by which results are told apart.
+    """
+    from peerify.data import check_source, public_name
+
+    for spec in specs:
+        check_source(spec)
+    names = [public_name(spec) for spec in specs]
+    if not names:
+        raise UsageError("no text was given to measure on: name a .txt file or a Hub dataset")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UsageError(f"two texts have the name {name}, by which their results are told apart: rename one")
+
+
+def load_texts(
+    specs: Sequence[str], tokenizer: Any, *, context: int, max_tokens: int | None, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
+    """Name of a text (a file by its name only) -> its windows of token ids (b, context). Raises as `load_windows`."""
+    from peerify.data import load_windows, public_name
+
+    return {
+        public_name(spec): load_windows([spec], tokenizer, context=context, max_tokens=max_tokens, progress=progress)
         for spec in specs
-    ]
-    dense = load(against, None).model if against is not None else None
+    }
+
+
+def evaluate_texts(
+    ours: tuple[str, Any],
+    texts: Mapping[str, torch.Tensor],
+    against: tuple[str, Any] | None = None,
+    *,
+    active: Sequence[float] = (),
+    batch_size: int = 2,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `evaluate_checkpoint` returns, of models that are loaded.
+
+    Args:
+        ours: what the model is called, and the model.
+        texts: of `load_texts`.
+        against: likewise the dense model.
+        active: see `evaluate_checkpoint`.
+    """
+    (source, model), dense = ours, against and against[1]
+    own = budgets_of(model, active)
     results = []
-    for name, windows_bt in zip(names, texts, strict=True):
+    for name, windows_bt in texts.items():
         tell = progress if len(texts) == 1 else _labelled(progress, name)
-        result = _at_budgets(ours.model, dense, windows_bt, (active or own) if own else (), batch_size, tell)
-        if dense is not None:
-            result["against"] = {"model": against, **result["against"]}
-        results.append({"model": source, "data": name, "context": context, **result})
+        result = _at_budgets(model, dense, windows_bt, (active or own) if own else (), batch_size, tell)
+        if against is not None:
+            result["against"] = {"model": against[0], **result["against"]}
+        results.append({"model": source, "data": name, "context": windows_bt.shape[1], **result})
     if len(results) == 1:
         return results[0]
-    compared = {"model": against} if against is not None else None
-    return {"model": source, "context": context, "against": compared, "texts": results}
+    compared = {"model": against[0]} if against is not None else None
+    return {"model": source, "context": results[0]["context"], "against": compared, "texts": results}
 
 
 def _at_budgets(
@@ -235,16 +277,21 @@ def _at_budgets(
 
 def budgets_of(model: Any, active: Sequence[float]) -> list[float]:
     """The budget that the model has, or none where it has no choice; UsageError where `active` cannot be had."""
-    layers = [layer for layer in peer_layers(model).values() if getattr(layer, "budgets", None)]
-    if not layers:
+    least = least_share(model)
+    if least is None:
         if active:
             raise UsageError("--active is for models that were converted with copies as keys: this one has no budgets")
         return []
-    least = max(layer.budgets[0].active for layer in layers)
     for share in active:
         if not least <= share <= 1:
             raise UsageError(f"--active {share:g}: give shares of {least:g} to 1, by commas")
     return [float(model.config.peer_active)]
+
+
+def least_share(model: Any) -> float | None:
+    """The smallest budget that all layers have; None of a model that has no choice."""
+    layers = [layer for layer in peer_layers(model).values() if getattr(layer, "budgets", None)]
+    return max((layer.budgets[0].active for layer in layers), default=None)
 
 
 def _budget(active: float, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,18 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from peerify.cli import bench, convert, densify, eval, grow, inspect, push, run, train  # noqa: F401  each adds its command
+from peerify.cli import (  # noqa: F401  each adds its command
+    bench,
+    convert,
+    densify,
+    eval,
+    grow,
+    inspect,
+    push,
+    run,
+    sweep,
+    train,
+)
 from peerify.cli.base import cli
 from peerify.errors import Terminated
 

@@ -1,4 +1,7 @@
-"""The picture of `peerify bench`: converted over dense, a panel for each kind of work, a bar for each budget."""
+"""The picture of `peerify bench`: converted over dense, a panel for each kind of work, a bar for each budget.
+
+`check_plot` and `write` are those of other pictures, too.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,11 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for line in grid:
         line[0].set_ylabel("speed over the dense model's")
     _explain(figure, result)
+    write(figure, path)
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a picture, whole or not at all. Raises OutputError where it cannot be written."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(beside, format=path.suffix[1:].lower())
@@ -135,7 +143,7 @@ def _explain(figure: Any, result: Mapping[str, Any]) -> None:
 
     threads = f", {result['threads']} threads" if result["device"] == "cpu" else ""
     kernel = ", without the CPU kernel" if result["kernel"] and result["device"] == "cpu" else ""
-    heading = f"{_name(result['model'])} beside {_name(result['against'])}"
+    heading = f"{name_of(result['model'])} beside {name_of(result['against'])}"
     figure.suptitle(f"{heading}\n{result['dtype']}, {result['device']}{threads}{kernel}", fontsize=10, parse_math=False)
     handles = [
         Patch(color=BLUE, label="converted: times dense, and tokens/s"),
@@ -152,7 +160,7 @@ def _speed(tokens: float) -> str:
     return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
-def _name(model: str) -> str:
+def name_of(model: str) -> str:
     """A Hub id, or a local model by its name only: a picture is shown to others."""
     name = Path(model).name if local_path(model, OutputError).exists() else model
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
