@@ -13,6 +13,7 @@ from fuzzing.harness import Corpus
 from peerify.config.train import DataConfig
 from peerify.training import state
 from peerify.training.data import Windows
+from peerify.training.groups import EXPERTS
 
 MODEL_SEED = 0
 
@@ -21,7 +22,7 @@ def _model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A model with a step behind it; the text that it reads is not looked at."""
     torch.manual_seed(MODEL_SEED)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "name": EXPERTS}])
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     return model, optimizer
