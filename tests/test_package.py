@@ -65,6 +65,8 @@ LEVELS = [
         "evaluation",
         "training",
         "bench",
+        "choice",
+        "sweep",
         "pipeline",
         "cli",
         "__main__",
