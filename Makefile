@@ -63,7 +63,6 @@ docs: $(READY)
 # OPTIONS takes everything else that benchmarks/quality/run.py --help lists.
 bench-quality: $(READY)
 	$(foreach name,MODEL CALIBRATION TEST,$(if $($(name)),,$(error $(name) is missing: `make help` shows how)))
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[plots]'
 	@$(BIN)/python benchmarks/quality/run.py --model '$(MODEL)' --calibration $(CALIBRATION) --test '$(TEST)' \
 	  $(if $(OOD),--ood '$(OOD)') $(OPTIONS)
 

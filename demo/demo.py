@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -51,13 +52,14 @@ def main() -> None:
     peerify("convert", model, str(out), *flags)
     say("One checkpoint, several budgets: perplexity on text it has not seen, against the dense model.")
     budgets = ",".join(dict.fromkeys([options.active, "0.25", "0.125", "1"]))
-    peerify(
-        *("eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS)),
-        *("--active", budgets),
-    )
+    measured = ["eval", str(out), "--against", model, "--data", str(test), "--max-tokens", str(TEST_TOKENS)]
+    evaluate([*measured, "--active", budgets, "--details"], FOLDER / f"{name}.json")
     say("The same prompt, continued greedily by both.")
     continue_both(model, out)
-    say(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. The converted model lies in {out}")
+    say("All of it as a page, which opens in any browser.")
+    page = FOLDER / "report" / "report.html"
+    peerify("report", str(out), str(FOLDER / f"{name}.json"), "--out", str(page.parent))
+    say(f"Done in {(time.monotonic() - start) / 60:.1f} minutes. The converted model lies in {out}, the page in {page}")
     print(NEXT.format(out=out, model=shlex.quote(model), python=sys.executable, test=test))
 
 
@@ -87,6 +89,18 @@ def peerify(*arguments: str) -> None:
     code = subprocess.call([sys.executable, "-m", "peerify", *arguments])
     if code:
         sys.exit(code)
+
+
+def evaluate(arguments: list[str], results: Path) -> None:
+    """Run `peerify eval` once: its figures go to a file, for the report, and to the screen."""
+    from peerify.cli.evaluation_tables import print_evaluation
+
+    print("$ peerify " + shlex.join([*arguments, "--json"]) + f" > {results}", flush=True)
+    with results.open("w", encoding="utf-8") as file:
+        code = subprocess.call([sys.executable, "-m", "peerify", *arguments, "--json"], stdout=file)
+    if code:
+        sys.exit(code)
+    print_evaluation(json.loads(results.read_text(encoding="utf-8")))
 
 
 def smollm2() -> Path:

@@ -11,6 +11,7 @@ from torch import nn
 
 from peerify.continuations import after_prefill, continuation, continue_greedily, prompts_of
 from peerify.data import check_windows
+from peerify.details import Continuations, use_of
 from peerify.errors import CheckpointError, DataError, UsageError
 from peerify.modules import device_of, peer_layers, prefill
 from peerify.progress import Progress, teller
@@ -45,6 +46,7 @@ def evaluate(
     *,
     against: nn.Module | None = None,
     batch_size: int = 2,
+    details: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model`, its distance from the dense model `against`, and what its experts do.
@@ -62,7 +64,8 @@ def evaluate(
         kl_uniform the KL from uniform of how often each was (PEER paper, table 2), effective_experts exp of the entropy
         of that: so many experts, used equally often, would be as even. bytes_per_token is ``{"p5", "p50", "p95"}``: so
         many of a hundred tokens take at most that share of the dense layer's bytes, to 0.001. A grown layer also has
-        "memory": ``{"num_experts", "usage", "kl_uniform", "effective_experts"}`` of its new experts.
+        "memory": ``{"num_experts", "usage", "kl_uniform", "effective_experts"}`` of its new experts. With `details`
+        each has what `peerify.details.use_of` returns as well.
 
     Raises:
         CheckpointError, UsageError: see `perplexity`; also where the two vocabularies differ.
@@ -113,7 +116,10 @@ def evaluate(
             "kl": kl / predictions,
             "agreement": agreed / predictions,
         },
-        "layers": [summary(path, module, used[path]) for path, module in peer_layers(model).items()],
+        "layers": [
+            summary(path, module, used[path]) | (use_of(module, used[path]) if details else {})
+            for path, module in peer_layers(model).items()
+        ],
     }
 
 
@@ -126,6 +132,7 @@ def evaluate_checkpoint(
     context: int = 512,
     max_tokens: int | None = None,
     batch_size: int = 2,
+    details: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
@@ -147,6 +154,9 @@ def evaluate_checkpoint(
         budget, the first half being read with everything on, over the dense model's of that half. Both are None where a
         model keeps no cache.
 
+        With `details` layers have them, see `evaluate`, and of a model with budgets and `against` there is
+        ``"continuations"``, see `peerify.details.Continuations.told`; None where a model keeps no cache.
+
         Of several texts: ``{"model", "context", "against", "texts"}``, against being None or ``{"model"}``, and texts
         a list of what each would give alone.
 
@@ -154,6 +164,7 @@ def evaluate_checkpoint(
         data: a text, or several.
         active: budgets, as shares of the dense layers' bytes; none: the model's own.
         max_tokens: of each text.
+        details: tell also what `peerify report` draws.
 
     Raises:
         CheckpointError, DataError, UsageError: see `evaluate`, `load_windows` and `load_for_eval`; UsageError also
@@ -178,7 +189,11 @@ def evaluate_checkpoint(
     budgets_of(ours.model, active)
     texts = load_texts(specs, ours.tokenizer, context=context, max_tokens=max_tokens, progress=progress)
     dense = (against, load(against, None).model) if against is not None else None
-    return evaluate_texts((source, ours.model), texts, dense, active=active, batch_size=batch_size, progress=progress)
+    tokenizer = ours.tokenizer if details else None
+    return evaluate_texts(
+        (source, ours.model), texts, dense,
+        active=active, batch_size=batch_size, tokenizer=tokenizer, progress=progress,
+    )  # fmt: skip
 
 
 def check_texts(specs: Sequence[str]) -> None:
@@ -219,6 +234,7 @@ def evaluate_texts(
     *,
     active: Sequence[float] = (),
     batch_size: int = 2,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `evaluate_checkpoint` returns, of models that are loaded.
@@ -228,13 +244,14 @@ def evaluate_texts(
         texts: of `load_texts`.
         against: likewise the dense model.
         active: see `evaluate_checkpoint`.
+        tokenizer: of both models, for details; None: without them.
     """
     (source, model), dense = ours, against and against[1]
     own = budgets_of(model, active)
     results = []
     for name, windows_bt in texts.items():
         tell = progress if len(texts) == 1 else _labelled(progress, name)
-        result = _at_budgets(model, dense, windows_bt, (active or own) if own else (), batch_size, tell)
+        result = _at_budgets(model, dense, windows_bt, (active or own) if own else (), batch_size, tokenizer, tell)
         if against is not None:
             result["against"] = {"model": against[0], **result["against"]}
         results.append({"model": source, "data": name, "context": windows_bt.shape[1], **result})
@@ -250,17 +267,19 @@ def _at_budgets(
     windows_bt: torch.Tensor,
     shares: Sequence[float],
     batch_size: int,
+    tokenizer: Any,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """What `evaluate_checkpoint` says of one text; `shares`: budgets, none for a model that has no choice."""
     result: dict[str, Any] = {}
-    rows, dense_bn = [], None
+    rows, dense_bn, shown = [], None, None
     budgets: Sequence[float | None] = shares or [None]
     for share in budgets:
         tell = progress if share is None or len(shares) == 1 else _labelled(progress, f"{share:.4g} active")
         if share is not None:
             model.set_active(share)
-        measured = evaluate(model, windows_bt, against=dense, batch_size=batch_size, progress=tell)
+        details = tokenizer is not None
+        measured = evaluate(model, windows_bt, against=dense, batch_size=batch_size, details=details, progress=tell)
         after = None
         if dense is not None:
             after = after_prefill(model, dense, windows_bt) if share is not None else None
@@ -269,9 +288,14 @@ def _at_budgets(
                 dense_bn = continue_greedily(dense, prompts_bt, following, progress=progress)
             alike = continuation(model, prompts_bt, dense_bn, progress=tell) if dense_bn is not None else None
             measured["against"]["continuation"] = alike
+            if details and share is not None and dense_bn is not None:
+                shown = shown or Continuations(tokenizer, prompts_bt, dense_bn)
+                shown.add(model, share)
         if share is not None:
             rows.append(_budget(share, measured) | {"after_prefill": after})
         result = result or measured
+    if tokenizer is not None and shares and dense is not None:
+        result["continuations"] = shown and shown.told()
     return result | ({"budgets": rows} if shares else {})
 
 

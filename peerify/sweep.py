@@ -37,6 +37,7 @@ def sweep_checkpoint(
     repeats: int = 5,
     max_tokens: int | None = None,
     batch_size: int = 2,
+    details: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure `recipe.model`, dense or converted, at each share, and say which one to take. Writes nothing.
@@ -52,6 +53,7 @@ def sweep_checkpoint(
         speed: measure how fast one token at a time is decoded.
         repeats: measurements of each speed.
         max_tokens: of each text.
+        details: see `evaluate_checkpoint`.
 
     Returns:
         ``{"model", "converted", "against", "unreachable", "wish", "choice", "rows", "evaluation", "speed"}``.
@@ -75,11 +77,12 @@ def sweep_checkpoint(
     found = open_source(recipe.model, revision=recipe.revision, weights=False, code=recipe.trust_remote_code)
     is_converted = found.converted
     load = _load_converted if is_converted else _convert
-    ours, dense, name, texts = load(recipe, list(data), against, max_tokens, progress)
+    ours, dense, name, texts, tokenizer = load(recipe, list(data), against, max_tokens, progress)
     active, unreachable = _reachable(ours, active)
     measured = evaluate_texts(
-        (recipe.model, ours), texts, (name, dense), active=active, batch_size=batch_size, progress=progress
-    )
+        (recipe.model, ours), texts, (name, dense),
+        active=active, batch_size=batch_size, tokenizer=tokenizer if details else None, progress=progress,
+    )  # fmt: skip
     timed = None
     if speed:
         positions = getattr(ours.config.get_text_config(), "max_position_embeddings", None) or PROMPT + NEW + 1
@@ -139,8 +142,8 @@ def _convert(
     against: str | None,
     max_tokens: int | None,
     progress: Progress | None,
-) -> tuple[Any, Any, str, dict[str, Any]]:
-    """The converted model, the dense one, its name, and the windows of the test texts."""
+) -> tuple[Any, Any, str, dict[str, Any], Any]:
+    """The converted model, the dense one, its name, and the windows of the test texts; and the tokenizer."""
     if against is not None:
         raise UsageError(f"--against is for converted models: {recipe.model} is dense itself")
     if not recipe.calibration.sources:
@@ -155,7 +158,7 @@ def _convert(
     dense, windows_bt = load_for_conversion(recipe, progress)
     texts = _texts(data, dense, recipe, max_tokens, progress)
     ours = convert(copy.deepcopy(dense.model), recipe.convert, windows_bt, progress=progress).model.eval()
-    return ours, dense.model, recipe.model, texts
+    return ours, dense.model, recipe.model, texts, dense.tokenizer
 
 
 def _load_converted(
@@ -164,7 +167,7 @@ def _load_converted(
     against: str | None,
     max_tokens: int | None,
     progress: Progress | None,
-) -> tuple[Any, Any, str, dict[str, Any]]:
+) -> tuple[Any, Any, str, dict[str, Any], Any]:
     """Likewise of a folder that was converted before."""
     if recipe.calibration.sources:
         raise UsageError(f"{recipe.model} is converted already: leave out --calibration")
@@ -176,12 +179,12 @@ def _load_converted(
     tell(f"Loading {recipe.model}", 1, 1)
     texts = _texts(data, ours, recipe, max_tokens, progress)
     if against is not None:
-        return ours.model, load_dense(against, **options).model, against, texts
+        return ours.model, load_dense(against, **options).model, against, texts, ours.tokenizer
     try:
         dense: Any = densify(ours.model)
     except ConversionError as error:
         raise UsageError(f"name the dense model with --against, since {error}") from error
-    return ours.model, dense.to(device_of(ours.model)), f"{recipe.model}, dense again", texts
+    return ours.model, dense.to(device_of(ours.model)), f"{recipe.model}, dense again", texts, ours.tokenizer
 
 
 def _texts(

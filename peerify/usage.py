@@ -28,6 +28,7 @@ class Used:
         self.count_n = torch.zeros(layer.num_experts, dtype=torch.float64)
         self.tokens_s = torch.zeros(STEPS + 1, dtype=torch.int64)  # tokens that read 0, 1, 2, ... steps
         self.tokens, self.bytes, self.macs = 0, 0.0, 0.0
+        self.of_tokens: list[torch.Tensor] | None = None  # bytes of tokens one by one, kept where this is a list
         self.memory_n: torch.Tensor | None = None  # of the new experts, if the layer has any: how often each was found
 
     def add(self, mask_tn: torch.Tensor, read_t: torch.Tensor, done_t: torch.Tensor) -> None:
@@ -35,6 +36,8 @@ class Used:
         self.count_n += mask_tn.sum(dim=0).cpu()
         self.tokens_s += torch.bincount((read_t / STEP).round().long().clamp_max(STEPS), minlength=STEPS + 1)
         self.tokens += len(mask_tn)
+        if self.of_tokens is not None:
+            self.of_tokens.append(read_t.cpu())
         self.bytes, self.macs = self.bytes + read_t.sum().item(), self.macs + done_t.sum().item()
 
     def percentile(self, percent: int) -> float:

@@ -26,6 +26,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from dense_checkpoint import dense  # noqa: E402, F401
 from hub_client import folder, hub, model  # noqa: E402, F401
+from report_pages import pages  # noqa: E402, F401
 
 torch.set_num_threads(1)
 # Where the tests run in the background of a script, Ctrl-C is ignored, and their subprocesses would inherit that.

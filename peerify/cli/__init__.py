@@ -17,6 +17,7 @@ from peerify.cli import (  # noqa: F401  each adds its command
     grow,
     inspect,
     push,
+    report,
     run,
     sweep,
     train,

@@ -40,6 +40,11 @@ def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
 )
 @click.option("--max-tokens", type=COUNT, help="Use only the first N tokens of each text.", metavar="N")
 @click.option("--batch-size", type=COUNT, default=2, show_default=True, help="Windows run at once.")
+@click.option(
+    "--details", is_flag=True,
+    help="Tell what `peerify report` draws, too: how often experts are read, and continuations of some prompts with "
+    "the bytes of each token. Only --json shows them.",
+)  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help=describe("device"))
 @click.option(
     "--dtype",
@@ -67,6 +72,7 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --max-tokens 16384
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --active 0.25,0.5,1
       peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data wiki.txt --data code.txt
+      peerify eval smol-peer --against HuggingFaceTB/SmolLM2-135M --data test.txt --details --json
       peerify eval gpt2 --data wikitext:wikitext-2-raw-v1:test --json
     """
     with library(as_json) as progress:

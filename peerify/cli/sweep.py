@@ -52,6 +52,9 @@ RATIO = click.FloatRange(min=0, min_open=True)
     metavar="DENSE",
     help="The dense model of a converted MODEL; by default that one made dense again, as long as it was not trained.",
 )
+@click.option(
+    "--details", is_flag=True, help="Tell what `peerify report` draws, too, as `peerify eval --details` does."
+)
 @click.option("--plot", metavar="FILE", help="Draw it, as .png, .svg or .pdf; needs `pip install 'peerify[plots]'`.")
 @promoted("--layers", metavar="WHICH")
 @promoted("--allocation", metavar="HOW")
@@ -71,6 +74,7 @@ def sweep(
     max_loss: float | None,
     min_speed: float | None,
     no_speed: bool,
+    details: bool,
     plot: str | None,
     overrides: tuple[str, ...],
     repeats: int,
@@ -87,7 +91,7 @@ def sweep(
     bench` does, one token at a time, both in the number type of --dtype. At the end stands the share that keeps to
     --max-loss or --min-speed, or comes nearest, and the command that converts with it.
 
-    --context is for calibration and test text.
+    --context is for calibration and test text. `peerify report` makes a page of what --json tells.
 
     \b
     Examples:
@@ -109,7 +113,7 @@ def sweep(
 
         result = sweep_checkpoint(
             recipe, data=data, active=active, against=against, wish=wish, speed=not no_speed, repeats=repeats,
-            max_tokens=max_tokens, batch_size=batch_size, progress=progress,
+            max_tokens=max_tokens, batch_size=batch_size, details=details, progress=progress,
         )  # fmt: skip
         result["choice"]["command"] = _command(result, given, overrides)
         if picture is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peerify.cli.bench_plot import BLUE, GREY, ORANGE, name_of, write
+from peerify.report.axes import bytes_axis, loss_axis, over
 
-LEAST, MOST = 0.0005, 99.0  # of a ratio less 1: what is nearer to 1 is drawn there, and the axis ends here
-TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 9, 99)
 WIDTH, HEIGHT = 4.0, 3.6  # inches, of a panel
 
 
@@ -34,8 +32,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         panel(ax, rows)
         ax.axvline(100 * chosen["bytes_fraction"], color=ORANGE, linewidth=1.2, zorder=1)
         ax.set_title(title, fontsize=10)
-        ax.set_xlim(100 * max(0.0, math.floor(10 * rows[0]["bytes_fraction"] - 0.4) / 10), 104)
-        ax.set_xlabel("bytes that a token reads, % of the dense layers'", fontsize=9)
+        bytes_axis(ax, rows[0]["bytes_fraction"])
+        ax.xaxis.label.set_size(9)
         ax.yaxis.label.set_size(9)
         ax.tick_params(labelsize=9, which="both")
         ax.grid(alpha=0.25)
@@ -46,17 +44,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _loss(ax: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Perplexity over the dense model's, less 1, on a logarithmic axis: 1.003 and 1.02 are told apart, and 1.7, too."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    over = [max(LEAST, row["ratio"] - 1) for row in rows]
-    _line(ax, rows, over)
-    ax.set_yscale("log")
-    ax.set_ylim(LEAST * 0.8, max(0.03, min(MOST, max(over))) * 1.4)
-    ax.yaxis.set_major_locator(FixedLocator(TICKS))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda over, _: f"{1 + over:g} ×"))
-    ax.set_ylabel("perplexity over the dense model's")
+    values = [over(row["ratio"]) for row in rows]
+    _line(ax, rows, values)
+    loss_axis(ax, max(values))
 
 
 def _macs(ax: Any, rows: Sequence[Mapping[str, Any]]) -> None:
