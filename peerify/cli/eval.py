@@ -19,15 +19,18 @@ def shares(_: Any, __: Any, text: str | None) -> tuple[float, ...]:
         raise click.BadParameter(f"{text} is no list of shares such as 0.25,0.5,1") from None
 
 
-@cli.command("eval")
-@click.argument("model")
-@click.option(
+test_texts = click.option(
     "--data",
     required=True,
     multiple=True,
     metavar="TEXT",
     help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split). Give it again for another.",
 )
+
+
+@cli.command("eval")
+@click.argument("model")
+@test_texts
 @click.option(
     "--active",
     metavar="SHARES",

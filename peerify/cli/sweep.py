@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from peerify.cli.base import cli, common, given_flags, library, overridable, promoted
-from peerify.cli.eval import COUNT, shares
+from peerify.cli.eval import COUNT, shares, test_texts
 from peerify.config.recipe import Recipe
 
 RATIO = click.FloatRange(min=0, min_open=True)
@@ -17,13 +17,7 @@ RATIO = click.FloatRange(min=0, min_open=True)
 
 @cli.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="TEXT",
-    help="Test text: a .txt, .jsonl or .parquet file or a Hub dataset (name:config:split). Give it again for another.",
-)
+@test_texts
 @promoted("--calibration", multiple=True, metavar="TEXT")
 @click.option(
     "--active", metavar="SHARES", callback=shares, default="0.125,0.25,0.5,0.75,1", show_default=True,

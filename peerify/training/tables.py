@@ -36,7 +36,8 @@ def memories(model: nn.Module) -> dict[str, Any]:
 
 def with_pools(model: nn.Module) -> dict[str, list[Any]]:
     """Path of a pool -> the memories that retrieve from it."""
-    found, owners = memories(model), {id(m.pool): path for path, m in memories(model).items() if m.pool_of is None}
+    found = memories(model)
+    owners = {id(m.pool): path for path, m in found.items() if m.pool_of is None}
     return {f"{path}.pool": [m for m in found.values() if id(m.pool) == pool] for pool, path in owners.items()}
 
 
